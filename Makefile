@@ -1,0 +1,41 @@
+# The two commands of the README: `make quickstart` and `make test`. Both make .venv themselves, from pinned versions.
+PYTHON ?= python3
+BIN := .venv/bin
+
+.PHONY: quickstart test lint bench-reference wheel docs clean
+
+quickstart: .venv/installed
+	$(BIN)/python -m recipes fit --config quickstart
+
+test: lint
+	$(BIN)/python -m pytest --durations=15
+
+lint: .venv/installed-dev
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+bench-reference: .venv/installed-dev
+	$(BIN)/python tests/bench_reference.py
+
+wheel: .venv/installed-dev
+	$(BIN)/python -m build --wheel --no-isolation
+
+docs: .venv/installed
+	$(BIN)/python -m pip install --quiet -c constraints.txt mkdocs
+	$(BIN)/mkdocs build --strict
+
+.venv/bin/python:
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo "error: Python 3.11 or newer is needed; try: make PYTHON=python3.12 $(MAKECMDGOALS)"; exit 1; }
+	$(PYTHON) -m venv .venv
+
+.venv/installed: .venv/bin/python pyproject.toml constraints.txt
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e .
+	@touch $@
+
+.venv/installed-dev: .venv/bin/python pyproject.toml constraints.txt
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]'
+	@touch $@ .venv/installed
+
+clean:
+	rm -rf .venv build dist *.egg-info

@@ -1,0 +1,29 @@
+"""Sequence-mixing ops: pure functions on tensors, with a plain-torch reference for every one.
+
+Importing this package imports nothing else: the ops load on first use. The name `kernels` is also that of a package on the package index which
+`transformers` probes for; a light `__init__` without that package's names lets the probe fail cleanly (tested).
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from kernels.conv1d.api import causal_conv1d, causal_conv1d_step
+    from kernels.delta.api import delta_rule, delta_rule_step
+
+__all__ = ["causal_conv1d", "causal_conv1d_step", "delta_rule", "delta_rule_step"]
+
+_HOME = {
+    "causal_conv1d": "kernels.conv1d.api",
+    "causal_conv1d_step": "kernels.conv1d.api",
+    "delta_rule": "kernels.delta.api",
+    "delta_rule_step": "kernels.delta.api",
+}
+
+
+def __getattr__(name: str) -> object:
+    if name in _HOME:
+        return getattr(import_module(_HOME[name]), name)
+    raise AttributeError(f"module 'kernels' has no attribute {name!r}")

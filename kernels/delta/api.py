@@ -1,0 +1,145 @@
+"""The public functions: check the arguments, choose the implementation, run it."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from kernels import backend as backends
+from kernels.delta import reference
+from kernels.varlen import check_cu_seqlens, is_readable
+
+
+def delta_rule(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    g: Tensor | None = None,
+    b: Tensor | None = None,
+    w: Tensor | None = None,
+    *,
+    scale: float | None = None,
+    state: Tensor | None = None,
+    cu_seqlens: Tensor | None = None,
+    backend: backends.Requested = "auto",
+) -> tuple[Tensor, Tensor]:
+    """The gated delta rule with erase and write gates (Gated DeltaNet-2, arXiv 2605.22791, and its special cases).
+
+        S_t = (I - k_t (b_t * k_t)^T) Diag(exp g_t) S_{t-1} + k_t (w_t * v_t)^T,   o_t = S_t^T (scale * q_t)
+
+    Args:
+        q, k: queries and keys [B, T, H, K], of one floating dtype with v.
+        v: values [B, T, HV, V]; HV is a multiple of H, value head j reads key head j // (HV // H).
+        g: log-decay <= 0, [B, T, H or HV, K or 1], float32 (float64 for float64 inputs); None: no decay.
+        b: erase gate [B, T, H or HV, K or 1]; None: nothing is erased.
+        w: write gate [B, T, HV, V or 1]; None: 1.
+        scale: factor on q; None: K ** -0.5.
+        state: initial state [N, HV, K, V], float32 (float64 for float64 inputs), N = B or the number of packed sequences; None: zero.
+        cu_seqlens: [N+1] integer, strictly increasing from 0 to T: T holds N packed sequences, B is 1, and nothing crosses a boundary.
+        backend: "auto" | "triton" | "reference" (the chunkwise form in plain torch); see `kernels.backend.resolve`.
+
+    Returns:
+        o [B, T, HV, V] in v's dtype and the final state [N, HV, K, V], float32 or float64.
+
+    Raises:
+        ValueError: shapes, devices or (where they can be read without waiting for a device) values that do not fit.
+        TypeError: dtypes that do not fit.
+        NotImplementedError: `backend="triton"` where it cannot run.
+
+    b and w are not range-checked. Expanded (stride 0) inputs are accepted.
+    """
+    _check(q, k, v, g, b, w, axes="B T H")
+    sequences = q.shape[0]
+    if cu_seqlens is not None:
+        if q.shape[0] != 1:
+            raise ValueError(f"delta_rule: packed sequences (cu_seqlens) need B = 1, got B = {q.shape[0]}")
+        check_cu_seqlens(cu_seqlens, q.shape[1], op="delta_rule")
+        sequences = cu_seqlens.numel() - 1
+    if state is not None:
+        _check_state(state, sequences, k, v)
+    backends.resolve("delta_rule", backend, q.device)
+    with torch.autocast(q.device.type, enabled=False):
+        return reference.chunkwise(q, k, v, g, b, w, scale=scale, state=state, cu_seqlens=cu_seqlens)
+
+
+def delta_rule_step(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    g: Tensor | None = None,
+    b: Tensor | None = None,
+    w: Tensor | None = None,
+    *,
+    scale: float | None = None,
+    state: Tensor,
+    backend: backends.Requested = "auto",
+) -> tuple[Tensor, Tensor]:
+    """One token of `delta_rule`: the same arguments without the T axis, q, k [B, H, K], v [B, HV, V], state [B, HV, K, V].
+
+    Returns o [B, HV, V] in v's dtype and the new state; `state` itself is not changed. Raises as `delta_rule`.
+    """
+    _check(q, k, v, g, b, w, axes="B H")
+    _check_state(state, q.shape[0], k, v)
+    backends.resolve("delta_rule_step", backend, q.device)
+    dtype, heads = reference.accumulator_dtype(v), v.shape[-2]
+    scale = q.shape[-1] ** -0.5 if scale is None else scale
+    inputs = (reference.expand_heads(x, heads, dtype) for x in (q, k, v, g, b, w))
+    with torch.autocast(q.device.type, enabled=False):
+        o, new_state = reference.step(*inputs, scale=scale, state=state)  # type: ignore[arg-type]
+    return o.to(v.dtype), new_state
+
+
+def _check(q: Tensor, k: Tensor, v: Tensor, g: Tensor | None, b: Tensor | None, w: Tensor | None, *, axes: str) -> None:
+    """Shapes, dtypes, devices and readable values of everything but the state; `axes` names the axes before the channels."""
+    op = "delta_rule" if "T" in axes else "delta_rule_step"
+    names = axes.split()
+    for name, x in (("q", q), ("k", k), ("v", v)):
+        if x.ndim != len(names) + 1:
+            raise ValueError(f"{op}: {name} must have axes [{', '.join(names)}, channels], got shape {list(x.shape)}")
+    lead, heads, v_heads = tuple(q.shape[:-2]), q.shape[-2], v.shape[-2]
+    if k.shape != q.shape:
+        raise ValueError(f"{op}: k must have q's shape {list(q.shape)}, got {list(k.shape)}")
+    if tuple(v.shape[:-2]) != lead:
+        raise ValueError(f"{op}: v must share q's leading axes {list(lead)}, got shape {list(v.shape)}")
+    if heads == 0 or v_heads == 0 or v_heads % heads:
+        raise ValueError(f"{op}: v's heads must be a multiple of q's {heads}, got {v_heads}")
+    if 0 in q.shape or 0 in v.shape:
+        raise ValueError(f"{op}: every axis must be at least 1, got q {list(q.shape)} and v {list(v.shape)}")
+    gates = (
+        ("g", g, {heads, v_heads}, q.shape[-1]),
+        ("b", b, {heads, v_heads}, q.shape[-1]),
+        ("w", w, {v_heads}, v.shape[-1]),
+    )
+    for name, gate, legal_heads, channels in gates:
+        if gate is None:
+            continue
+        if gate.ndim != q.ndim or tuple(gate.shape[:-2]) != lead or gate.shape[-2] not in legal_heads or gate.shape[-1] not in {1, channels}:
+            legal = " or ".join(str(n) for n in sorted(legal_heads))
+            raise ValueError(f"{op}: {name} must have shape [{', '.join(map(str, lead))}, {legal} heads, {channels} or 1], got {list(gate.shape)}")
+    _check_dtypes(op, q, k, v, g, b, w)
+    if g is not None and is_readable(g) and not bool((g <= 0).all()):
+        raise ValueError(f"{op}: g is a log-decay and must be <= 0 everywhere, its largest entry is {g.max().item():g}")
+
+
+def _check_dtypes(op: str, q: Tensor, k: Tensor, v: Tensor, g: Tensor | None, b: Tensor | None, w: Tensor | None) -> None:
+    if not v.is_floating_point() or q.dtype != v.dtype or k.dtype != v.dtype:
+        raise TypeError(f"{op}: q, k and v must share one floating dtype, got {q.dtype}, {k.dtype}, {v.dtype}")
+    accumulator = reference.accumulator_dtype(v)
+    if g is not None and g.dtype != accumulator:
+        raise TypeError(f"{op}: g must be {accumulator} for {v.dtype} values, got {g.dtype}")
+    for name, x in (("b", b), ("w", w)):
+        if x is not None and x.dtype not in (v.dtype, accumulator):
+            raise TypeError(f"{op}: {name} must be {v.dtype} or {accumulator}, got {x.dtype}")
+    for name, x in (("k", k), ("v", v), ("g", g), ("b", b), ("w", w)):
+        if x is not None and x.device != q.device:
+            raise ValueError(f"{op}: {name} is on {x.device}, q on {q.device}")
+
+
+def _check_state(state: Tensor, sequences: int, k: Tensor, v: Tensor) -> None:
+    expected = (sequences, v.shape[-2], k.shape[-1], v.shape[-1])
+    if tuple(state.shape) != expected:
+        raise ValueError(f"delta_rule: state must have shape [N, HV, K, V] = {list(expected)}, got {list(state.shape)}")
+    if state.dtype != reference.accumulator_dtype(v):
+        raise TypeError(f"delta_rule: state must be {reference.accumulator_dtype(v)} for {v.dtype} values, got {state.dtype}")
+    if state.device != v.device:
+        raise ValueError(f"delta_rule: state is on {state.device}, v on {v.device}")

@@ -1,0 +1,1 @@
+"""Sequence mixers behind one contract (`mixers.base`), found by name (`mixers.registry`)."""

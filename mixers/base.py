@@ -1,0 +1,143 @@
+"""The contract of every mixer. `mixers.testing` checks a class against it.
+
+Shapes: B batch rows, T tokens, D d_model, N sequences (B, or the number of packed documents).
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from typing import Any, Generic, NamedTuple, TypeVar
+
+import torch
+from torch import Tensor, nn
+
+from kernels.varlen import check_cu_seqlens
+from mixers.errors import ConfigError
+from mixers.layers import FP32Module
+
+StateT = TypeVar("StateT", bound=tuple[Tensor, ...])
+
+
+class ParameterGroups(NamedTuple):
+    """Roles of a mixer's parameters, by their names inside the mixer."""
+
+    no_decay: frozenset[str]  # take no weight decay
+    fp32: frozenset[str]  # are stored, read and saved in at least float32
+
+
+class SequenceMixer(nn.Module, ABC, Generic[StateT]):
+    """Mixes a sequence of vectors along time, causally.
+
+    Any split of a sequence into forwards and steps equals one forward; packed sequences equal separate ones; the state that is passed in is never
+    changed. A mixer that cannot do something raises and says so.
+
+    Args:
+        d_model: width of the input and the output.
+    """
+
+    def __init__(self, d_model: int) -> None:
+        super().__init__()
+        at_least_one(d_model=d_model)
+        self.d_model = d_model
+
+    @abstractmethod
+    def forward(self, x_BTD: Tensor, state: StateT | None = None, *, cu_seqlens: Tensor | None = None) -> tuple[Tensor, StateT | None]:
+        """T tokens at once.
+
+        Args:
+            x_BTD: the input.
+            state: what came before, from `init_state`, `forward` or `step`; None: nothing came before and no state is wanted.
+            cu_seqlens: [N+1] integer, 0 to T strictly increasing: the row (B = 1) holds N packed sequences, and `state` has N entries.
+
+        Returns:
+            The output [B, T, D] and the new state; None if `state` is None.
+        """
+
+    @abstractmethod
+    def init_state(
+        self,
+        batch_size: int,
+        *,
+        max_tokens: int | None = None,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> StateT:
+        """The state before the first token of `batch_size` sequences.
+
+        `max_tokens` bounds the tokens of a sequence, for mixers whose state grows. `dtype` is that of caches (None: the parameters'); a recurrent
+        state is float32 at least.
+        """
+
+    @abstractmethod
+    def step(self, x_BD: Tensor, state: StateT) -> tuple[Tensor, StateT]:
+        """One token of each sequence: the output [B, D] and the new state."""
+
+    @abstractmethod
+    def state_numel(self, tokens: int) -> int:
+        """Numbers that the state of one sequence holds after `tokens` tokens."""
+
+    @abstractmethod
+    def flops(self, tokens: int) -> int:
+        """Floating-point operations of one forward over one sequence, 2 per multiply-add: the projections, and one formula for the mixing."""
+
+    def parameter_groups(self) -> ParameterGroups:
+        """By default: vectors and everything in an `FP32Module` take no weight decay; everything in an `FP32Module` stays float32."""
+        fp32 = {
+            f"{prefix}.{name}" if prefix else name
+            for prefix, module in self.named_modules()
+            if isinstance(module, FP32Module)
+            for name, _ in module.named_parameters()
+        }
+        vectors = {name for name, parameter in self.named_parameters() if parameter.ndim < 2}
+        return ParameterGroups(frozenset(vectors | fp32), frozenset(fp32))
+
+    def set_residual_scale(self, scale: float) -> None:
+        """Called by a model before it draws initial values, with 1 / sqrt(2 * layers). Mixers whose recipe scales their last projection use it."""
+
+    def check_input(self, x: Tensor, state: tuple[Tensor, ...] | None, cu_seqlens: Tensor | None) -> None:
+        """Raises ValueError for inputs of `forward` that do not fit each other."""
+        name = type(self).__name__
+        if x.ndim != 3 or x.shape[-1] != self.d_model or 0 in x.shape:
+            raise ValueError(f"{name}: input must have shape [B, T, d_model = {self.d_model}], got {list(x.shape)}")
+        sequences = x.shape[0]
+        if cu_seqlens is not None:
+            if x.shape[0] != 1:
+                raise ValueError(f"{name}: packed sequences (cu_seqlens) need B = 1, got B = {x.shape[0]}")
+            check_cu_seqlens(cu_seqlens, x.shape[1], op=name)
+            sequences = cu_seqlens.numel() - 1
+        self.check_state(state, sequences)
+
+    def check_state(self, state: tuple[Tensor, ...] | None, sequences: int) -> None:
+        """Raises ValueError for a state of another number of sequences."""
+        if state is not None and any(t.shape[:1] != (sequences,) for t in state):
+            got = [list(t.shape) for t in state]
+            raise ValueError(f"{type(self).__name__}: the state must hold {sequences} sequences, its tensors have shapes {got}")
+
+
+def at_least_one(**settings: Any) -> None:
+    """Raises ConfigError for the first of `settings` that is not an integer >= 1."""
+    for name, value in settings.items():
+        if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+            raise ConfigError(f"{name}: must be an integer >= 1, got {value!r}")
+
+
+def multiple_of(name: str, value: int, base_name: str, base: int) -> None:
+    """Raises ConfigError unless `value` is a multiple of `base`."""
+    if value % base:
+        near = sorted({max(base, value - value % base), value - value % base + base})
+        raise ConfigError(f"{name}: must be a multiple of {base_name} = {base}, got {value} (nearest: {', '.join(map(str, near))})")
+
+
+def default_head_dim(name: str, given: int | None, width: int, num_heads: int) -> int:
+    """`given`, or `width` shared evenly by the heads; ConfigError if that does not come out even."""
+    if given is not None:
+        at_least_one(**{name: given})
+        return given
+    if width < num_heads or width % num_heads:
+        raise ConfigError(f"num_heads: {num_heads} heads do not divide {width} channels; set {name} or another number of heads")
+    return width // num_heads
+
+
+def linear_flops(module: nn.Module, tokens: int) -> int:
+    """2 per weight of every linear layer in `module`, per token."""
+    return sum(2 * tokens * m.in_features * m.out_features for m in module.modules() if isinstance(m, nn.Linear))

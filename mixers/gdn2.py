@@ -1,0 +1,57 @@
+"""Gated DeltaNet-2: erase and write decoupled, every gate channel-wise (arXiv 2605.22791)."""
+
+from __future__ import annotations
+
+from typing import Literal, final
+
+from torch import Tensor
+
+from mixers.delta import DeltaMixer, Gates
+from mixers.layers import DecayGate
+
+
+@final
+class GatedDeltaNet2(DeltaMixer):
+    """S_t = (I - k (b * k)^T) Diag(exp g) S_{t-1} + k (w * v)^T with a gate per channel: b, g on the key axis, w on the value axis.
+
+    Args:
+        d_model: width of the input and the output.
+        num_heads: key heads H.
+        head_dim: key size K of a head.
+        num_v_heads: value heads, a multiple of num_heads; null: num_heads.
+        v_head_dim: value size V of a head; null: head_dim.
+        conv_size: taps of the short convolution.
+        norm_eps: epsilon of the output norm.
+        erase: one gate a channel, or its mean over a head's channels (same parameter count; Table 5).
+        write: one gate a channel, or its mean over a head's channels (same parameter count; Table 5).
+        allow_neg_eigval: erase gate in [0, 2] instead of [0, 1] (Table 5).
+    """
+
+    def __init__(
+        self,
+        d_model: int,
+        num_heads: int = 16,
+        head_dim: int = 128,
+        num_v_heads: int | None = None,
+        v_head_dim: int | None = None,
+        conv_size: int = 4,
+        norm_eps: float = 1e-5,
+        erase: Literal["channel", "scalar"] = "channel",
+        write: Literal["channel", "scalar"] = "channel",
+        allow_neg_eigval: bool = False,
+    ) -> None:
+        super().__init__(d_model, num_heads, head_dim, num_v_heads, v_head_dim, conv_size, norm_eps)
+        self.erase, self.write, self.allow_neg_eigval = erase, write, allow_neg_eigval
+        self.b_proj = self.linear(d_model, self.k_width)
+        self.w_proj = self.linear(d_model, self.v_width)
+        self.f_proj = self.low_rank(d_model, self.k_width)
+        self.decay = DecayGate(num_heads, head_dim)
+
+    def gates(self, x: Tensor) -> Gates:
+        b = self.b_proj(x).sigmoid().unflatten(-1, (self.num_heads, -1))
+        w = self.w_proj(x).sigmoid().unflatten(-1, (self.num_v_heads, -1))
+        if self.erase == "scalar":
+            b = b.mean(-1, keepdim=True)
+        if self.write == "scalar":
+            w = w.mean(-1, keepdim=True)
+        return Gates(self.decay(self.f_proj(x)), 2 * b if self.allow_neg_eigval else b, w)

@@ -1,0 +1,163 @@
+"""Small modules that mixers and models are made of. Every one has `reset_parameters`, from which `mixers.init` draws its initial values."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import final
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from kernels import causal_conv1d, causal_conv1d_step
+
+MIXER_GAIN = 2**-2.5  # Xavier gain of every linear in a recurrent mixer (Gated DeltaNet-2, appendix)
+
+Init = Callable[[Tensor], object]
+
+
+def xavier(gain: float) -> Init:
+    """Uniform in +- gain * sqrt(6 / (fan_in + fan_out))."""
+    return lambda weight: nn.init.xavier_uniform_(weight, gain)
+
+
+def normal(std: float) -> Init:
+    """Gaussian with mean 0."""
+    return lambda weight: nn.init.normal_(weight, std=std)
+
+
+@final
+class Linear(nn.Linear):
+    """torch's Linear with a stated initialisation; the bias starts at 0.
+
+    `init_scale` multiplies the initial weight: a model sets it on projections that end a residual branch.
+    """
+
+    def __init__(self, in_features: int, out_features: int, *, init: Init, bias: bool = False) -> None:
+        self.init, self.init_scale = init, 1.0
+        super().__init__(in_features, out_features, bias)
+
+    def reset_parameters(self) -> None:
+        with torch.no_grad():
+            self.init(self.weight)
+            self.weight *= self.init_scale
+            if self.bias is not None:
+                self.bias.zero_()
+
+
+class FP32Module(nn.Module):
+    """Its parameters are stored in at least float32: `.bfloat16()`, `.half()` and `.to(dtype)` leave their values alone, `.double()` widens them.
+
+    They are to be read in this module's own `forward`, so that a sharded model gathers them there.
+    """
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> FP32Module:
+        def keep(t: Tensor) -> Tensor:
+            out = fn(t)
+            if not t.is_floating_point() or out.dtype in (torch.float32, torch.float64):
+                return out
+            return t.to(device=out.device, dtype=torch.float32)
+
+        super()._apply(keep, recurse)  # type: ignore[no-untyped-call]
+        return self
+
+
+def fp32_parameter(*shape: int) -> nn.Parameter:
+    """An unset parameter in at least float32, whatever the default dtype (bf16-true builds modules under a bfloat16 default)."""
+    return nn.Parameter(torch.empty(shape, dtype=torch.promote_types(torch.get_default_dtype(), torch.float32)))
+
+
+@final
+class DecayGate(FP32Module):
+    """g = -exp(a) * softplus(f + delta), the log-decay, in at least float32 (Gated DeltaNet-2, 3.5; Mamba-2).
+
+    Starts with exp(a) uniform in [1, 16] and softplus(delta) log-uniform in [0.001, 0.1], floor 1e-4.
+
+    Args:
+        heads: heads, one rate `a` each.
+        channels: channels a head, one `delta` each; 1 gives a scalar decay.
+    """
+
+    def __init__(self, heads: int, channels: int) -> None:
+        super().__init__()
+        self.heads, self.channels = heads, channels
+        self.a = fp32_parameter(heads)
+        self.delta = fp32_parameter(heads * channels)
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        with torch.no_grad():
+            self.a.uniform_(1, 16).log_()
+            dt = self.delta.uniform_(math.log(0.001), math.log(0.1)).exp_().clamp_min_(1e-4)
+            self.delta.copy_(dt + torch.log(-torch.expm1(-dt)))  # the inverse of softplus
+
+    def forward(self, f: Tensor) -> Tensor:
+        """f [.., heads * channels] -> g [.., heads, channels] <= 0."""
+        dt: Tensor = F.softplus(f.to(self.delta.dtype) + self.delta).unflatten(-1, (self.heads, self.channels))
+        return -self.a.exp().unsqueeze(-1) * dt
+
+
+@final
+class ShortConv(nn.Module):
+    """Causal depthwise convolution, SiLU, and an L2 norm per head on the leading channels.
+
+    Args:
+        channels: all channels.
+        size: taps.
+        norm_size: channels a head.
+        norm_channels: leading channels that are normalised.
+    """
+
+    def __init__(self, channels: int, size: int, *, norm_size: int, norm_channels: int) -> None:
+        super().__init__()
+        self.norm_size, self.norm_channels = norm_size, norm_channels
+        self.weight = nn.Parameter(torch.empty(channels, size))
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        bound = self.weight.shape[1] ** -0.5  # torch's Conv1d: uniform in +- 1 / sqrt(fan_in)
+        nn.init.uniform_(self.weight, -bound, bound)
+
+    def forward(self, x: Tensor, state: Tensor | None, cu_seqlens: Tensor | None) -> tuple[Tensor, Tensor]:
+        """x [B, T, channels], state [N, size-1, channels] -> y and the new state."""
+        return causal_conv1d(
+            x,
+            self.weight,
+            activation="silu",
+            norm_size=self.norm_size,
+            norm_channels=self.norm_channels,
+            state=state,
+            cu_seqlens=cu_seqlens,
+        )
+
+    def step(self, x: Tensor, state: Tensor) -> tuple[Tensor, Tensor]:
+        """x [B, channels], state [B, size-1, channels] -> y and the new state."""
+        return causal_conv1d_step(x, self.weight, activation="silu", norm_size=self.norm_size, norm_channels=self.norm_channels, state=state)
+
+
+@final
+class GatedRMSNorm(nn.Module):
+    """RMSNorm over the last axis, times SiLU(gate)."""
+
+    def __init__(self, size: int, eps: float) -> None:
+        super().__init__()
+        self.norm = nn.RMSNorm(size, eps=eps)
+
+    def forward(self, x: Tensor, gate: Tensor) -> Tensor:
+        out: Tensor = self.norm(x) * F.silu(gate)
+        return out
+
+
+def rotate(x: Tensor, position: Tensor, theta: float) -> Tensor:
+    """Rotary position embedding: pairs (i, i + D/2) of x [B, T, heads, D] turned by position [B or 1, T] * theta ** (-2i/D).
+
+    Angles are formed in float64: in float32 they are off by 0.06 rad at a million tokens.
+    """
+    half = x.shape[-1] // 2
+    frequency = theta ** (-torch.arange(half, device=x.device, dtype=torch.float64) / half)
+    angle = (position.unsqueeze(-1) * frequency).unsqueeze(-2)
+    dtype = torch.promote_types(x.dtype, torch.float32)
+    cos, sin = angle.cos().to(dtype), angle.sin().to(dtype)
+    first, second = x.to(dtype).chunk(2, -1)
+    return torch.cat([first * cos - second * sin, second * cos + first * sin], -1).to(x.dtype)
