@@ -1,0 +1,119 @@
+"""What a checkpoint says about its model, and the model from a checkpoint alone."""
+
+from __future__ import annotations
+
+import copy
+import inspect
+import pickle
+import zipfile
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from lit_modules.decoder_lm import DecoderLM, cycle_layout
+from mixers import registry
+from mixers.errors import ConfigError
+
+FORMAT = 1
+HEADER = "lightning_mixers"  # the key of {"format": FORMAT, "tokens": tokens seen in training}
+SETTINGS = "lm"  # the key of the model's settings
+
+
+def write_header(checkpoint: dict[str, Any], lm: DecoderLM, tokens: int) -> None:
+    """Put the format, the tokens seen and the settings of `lm` into a checkpoint, as plain values."""
+    checkpoint[HEADER] = {"format": FORMAT, "tokens": tokens}
+    checkpoint[SETTINGS] = copy.deepcopy(lm.settings)
+
+
+def read_header(checkpoint: Mapping[str, Any], source: str) -> tuple[dict[str, Any], int]:
+    """The model's settings and the tokens seen.
+
+    Args:
+        checkpoint: the contents of a file.
+        source: what errors call it, such as its path.
+
+    Raises:
+        ConfigError: a key is missing, or a later version of this project wrote it.
+    """
+    for key in (HEADER, SETTINGS, "state_dict"):
+        if not isinstance(checkpoint.get(key), dict):
+            raise ConfigError(f"{source}: is not a checkpoint of lightning-mixers (it has no key {key!r})")
+    header, settings = checkpoint[HEADER], checkpoint[SETTINGS]
+    if header["format"] > FORMAT:
+        raise ConfigError(f"{source}: has format {header['format']}, this version reads up to {FORMAT}: update lightning-mixers")
+    return settings, int(header["tokens"])
+
+
+def check_same_model(saved: Mapping[str, Any], own: Mapping[str, Any], source: str) -> None:
+    """Raises ConfigError, naming the first difference, unless the settings of two models give the same parameters and function.
+
+    Initial values (`seed`, `init_std`), names of aliases, and settings of mixers that no layer uses may differ.
+    """
+    for key in ("vocab_size", "d_model", "n_layers", "mlp_width", "norm_eps"):
+        _same(f"model.lm.{key}", saved.get(key), own[key], source)
+    names = [cycle_layout(settings["layout"], own["n_layers"]) for settings in (saved, own)]
+    for saved_name, own_name in dict.fromkeys(zip(*names, strict=True)):
+        try:
+            saved_class, saved_settings = registry.resolve(saved_name, saved.get("mixers") or {})
+        except ConfigError as error:
+            raise ConfigError(f"{source}: {error}") from error
+        own_class, own_settings = registry.resolve(own_name, own["mixers"])
+        if saved_class is not own_class:
+            _same("model.lm.layout", saved["layout"], own["layout"], source)
+        for key, value in own_settings.items():
+            _same(f"model.lm.mixers.{own_name}.{key}", saved_settings[key], value, source)
+
+
+def _same(key: str, saved: object, own: object, source: str) -> None:
+    if saved != own:
+        raise ConfigError(f"{key}: {source} has {saved!r}, the model has {own!r}; a checkpoint fits its own model only")
+
+
+def read_checkpoint(path: str | Path) -> dict[str, Any]:
+    """The contents of a checkpoint file, tensors mapped into memory and read when they are used.
+
+    Raises:
+        ConfigError: missing, a folder, not a checkpoint or a truncated one; one line that names the path.
+    """
+    path = Path(path).expanduser()
+    if path.is_dir():
+        raise ConfigError(f"{path}: is a folder (a sharded checkpoint?); one file is needed")
+    if not path.is_file():
+        raise ConfigError(f"{path}: no such checkpoint")
+    if not zipfile.is_zipfile(path):  # what torch.save writes; the directory is at the end, so a truncated file has none
+        raise ConfigError(f"{path}: is truncated, or not a checkpoint")
+    try:
+        checkpoint = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+    except (pickle.UnpicklingError, RuntimeError, EOFError, OSError) as error:
+        raise ConfigError(f"{path}: cannot be read as a checkpoint: {str(error).splitlines()[0]}") from error
+    if not isinstance(checkpoint, dict):
+        raise ConfigError(f"{path}: is not a checkpoint of lightning-mixers (it holds a {type(checkpoint).__name__})")
+    return checkpoint
+
+
+def load_lm(path: str | Path, device: torch.device | str = "cpu") -> DecoderLM:
+    """The model of a checkpoint file, in the dtypes it was saved in and in evaluation mode. Nothing but the file is needed.
+
+    Raises:
+        ConfigError: the file cannot be read, is no checkpoint of this project, or needs a mixer that is not installed.
+    """
+    checkpoint = read_checkpoint(path)
+    settings, _ = read_header(checkpoint, str(path))
+    legal = inspect.signature(DecoderLM).parameters
+    for key in [*(legal.keys() - settings.keys()), *(settings.keys() - legal.keys())]:
+        if key not in legal or legal[key].default is inspect.Parameter.empty:
+            raise ConfigError(f"{path}: the setting lm.{key} is {'unknown' if key in settings else 'missing'}")
+    try:
+        with torch.device("meta"):
+            lm = DecoderLM(**settings)
+    except ConfigError as error:
+        raise ConfigError(f"{path}: {error}") from error
+    prefix = "lm."
+    state = {name.removeprefix(prefix): value.to(device, copy=True) for name, value in checkpoint["state_dict"].items() if name.startswith(prefix)}
+    try:
+        lm.load_state_dict(state, assign=True)
+    except RuntimeError as error:
+        raise ConfigError(f"{path}: its tensors do not fit its settings: {' '.join(str(error).split())}") from error
+    return lm.eval()

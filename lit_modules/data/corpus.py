@@ -1,0 +1,148 @@
+"""Reads documents from text, JSON lines and Parquet files, in an order that depends on their names alone."""
+
+from __future__ import annotations
+
+import glob
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import NamedTuple
+
+from lit_modules.data.builtin import standard_library
+from mixers.errors import ConfigError
+
+
+class Document(NamedTuple):
+    """One text and where it came from: a relative path, with `:line` or `:row` where a file holds several."""
+
+    name: str
+    text: str
+
+
+def read_corpus(path: str | None, *, text_key: str = "text", key: str = "data.path") -> Iterator[Document]:
+    """The documents of a corpus, one at a time.
+
+    Args:
+        path: A file, a folder (read recursively, hidden files and bytecode left out) or a glob pattern. None is the
+            built-in corpus.
+            `.jsonl` holds a document per line, `.parquet` one per row; any other file is one document of UTF-8 text.
+        text_key: The key or column of the text in `.jsonl` and `.parquet` files.
+        key: The setting that `path` came from, for error messages.
+
+    Raises:
+        ConfigError: a path that does not exist, a file that cannot be read, or not a single document with text in it.
+    """
+    documents = _read_files(path, text_key, key) if path is not None else map(Document._make, standard_library())
+    found = False
+    for document in documents:
+        if document.text.strip():
+            found = True
+            yield document
+    if not found:
+        raise ConfigError(f"{key}: {path} holds no documents (every file is empty)")
+
+
+def _read_files(path: str, text_key: str, key: str) -> Iterator[Document]:
+    for name, file in _find_files(path, key):
+        try:
+            if file.suffix == ".jsonl":
+                yield from _read_jsonl(name, file, text_key, key)
+            elif file.suffix == ".parquet":
+                yield from _read_parquet(name, file, text_key, key)
+            else:
+                text = _decode(file.read_bytes(), file, 0, key)
+                yield Document(name, text.removeprefix("\ufeff"))  # a byte order mark is no part of the text
+        except OSError as error:
+            raise ConfigError(f"{key}: {file} cannot be read: {error.strerror or error}") from error
+
+
+def _find_files(path: str, key: str) -> list[tuple[str, Path]]:
+    """(name, file) of every file that `path` stands for, sorted; names are relative to a folder."""
+    root = Path(path).expanduser()
+    if root.is_file():
+        return [(root.name, root)]
+    if path and root.is_dir():  # an empty setting is not meant to be the current folder
+        found = [(file.relative_to(root).as_posix(), file) for file in root.rglob("*") if file.is_file()]
+        found = [(name, file) for name, file in found if not any(map(_hidden, name.split("/")))]
+        if not found:
+            raise ConfigError(f"{key}: {path} is a folder without documents (no files in it)")
+        return sorted(found)
+    matches = [Path(match) for match in glob.glob(str(root), recursive=True)]
+    files = sorted(match for match in matches if match.is_file())
+    if not files:
+        legal = "a file, a folder, or a glob pattern that matches files"
+        raise ConfigError(f"{key}: {path} does not exist (legal: {legal})")
+    return [(file.as_posix(), file) for file in files]
+
+
+def _hidden(part: str) -> bool:
+    return part.startswith(".") or part == "__pycache__"
+
+
+def _decode(raw: bytes, file: Path, offset: int, key: str) -> str:
+    """Decodes bytes that stand at `offset` of `file`."""
+    try:
+        return raw.decode("utf-8")
+    except UnicodeDecodeError as error:
+        at = offset + error.start
+        raise ConfigError(f"{key}: {file} is not UTF-8 text (byte 0x{raw[error.start]:02x} at offset {at})") from error
+
+
+def _read_jsonl(name: str, file: Path, text_key: str, key: str) -> Iterator[Document]:
+    offset = 0
+    with file.open("rb") as lines:
+        for number, raw in enumerate(lines, start=1):
+            line = _decode(raw, file, offset, key).removeprefix("\ufeff")
+            offset += len(raw)
+            if line.strip():
+                yield Document(f"{name}:{number}", _json_text(line, f"{file} line {number}", text_key, key))
+
+
+def _json_text(line: str, where: str, text_key: str, key: str) -> str:
+    try:
+        record = json.loads(line)
+    except json.JSONDecodeError as error:
+        raise ConfigError(f"{key}: {where} is not JSON: {error.msg} at column {error.colno}") from error
+    if not isinstance(record, dict):
+        raise ConfigError(f"{key}: {where} is not a JSON object with a key {text_key!r}")
+    if text_key not in record:
+        legal = ", ".join(map(str, record)) or "none"
+        raise ConfigError(f"{key}: {where} has no key {text_key!r} (set data.text_key; legal: {legal})")
+    text = record[text_key]
+    if not isinstance(text, str):
+        raise ConfigError(f"{key}: {where}: {text_key!r} is not a string but {type(text).__name__}")
+    if not _encodable(text):
+        raise ConfigError(f"{key}: {where}: {text_key!r} is not UTF-8 text (half of a surrogate pair)")
+    return text
+
+
+def _encodable(text: str) -> bool:
+    try:  # JSON may escape half of a surrogate pair, which no UTF-8 text can hold
+        text.encode("utf-8")
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
+def _read_parquet(name: str, file: Path, text_key: str, key: str) -> Iterator[Document]:
+    try:
+        import pyarrow as pa
+        import pyarrow.parquet as pq
+    except ImportError as error:
+        raise ConfigError(f"{key}: {file} needs pyarrow: pip install 'lightning-mixers[text]'") from error
+    try:
+        table = pq.ParquetFile(file)
+        field_names = table.schema_arrow.names
+        if text_key not in field_names:
+            legal = ", ".join(field_names)
+            raise ConfigError(f"{key}: {file} has no column {text_key!r} (set data.text_key; legal: {legal})")
+        kind = table.schema_arrow.field(text_key).type
+        if not (pa.types.is_string(kind) or pa.types.is_large_string(kind)):
+            raise ConfigError(f"{key}: {file}: column {text_key!r} does not hold strings but {kind}")
+        row = 0
+        for batch in table.iter_batches(batch_size=1024, columns=[text_key]):
+            for text in batch.column(0).to_pylist():
+                yield Document(f"{name}:{row}", text or "")  # a null is an empty text, and passed over like one
+                row += 1
+    except pa.ArrowException as error:
+        raise ConfigError(f"{key}: {file} is not a readable Parquet file: {str(error).splitlines()[0]}") from error

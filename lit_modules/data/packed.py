@@ -1,0 +1,243 @@
+"""`PackedText`: documents, packed into sequences of one length, as a Lightning data module."""
+
+from __future__ import annotations
+
+from typing import Any, final
+
+from lightning.pytorch import LightningDataModule
+from lightning.pytorch.trainer.states import TrainerFn
+
+from lit_modules.data.loaders import EvaluationLoader, Shard, TrainLoader
+from lit_modules.data.stream import EncodedDocument, TokenArray, concatenate, divide, encode_corpus, identity_of
+from lit_modules.data.tokenizer import load_tokenizer
+from lit_modules.data.windows import Packer, Windows
+from mixers.errors import ConfigError
+
+
+@final
+class PackedText(LightningDataModule):
+    """Text, tokenized once, packed into windows of seq_len tokens; batches are `lit_modules.data.windows.Batch`.
+
+    Training sample i is a pure function of (seed, i): window permutation(seed, i // windows)[i % windows].
+    Ranks, workers, batch size and gradient accumulation only decide who computes it; see `TrainLoader`. The position is
+    saved in checkpoints, and training resumes at the exact sample.
+
+    Args:
+        path: A text, .jsonl or .parquet file, a folder of such files or a glob pattern. null is the built-in corpus,
+            Python's standard library (source, docstrings and help topics; 10 to 20 MB).
+        val_path: Validation corpus. null takes val_fraction of the documents of `path`.
+        test_path: Test corpus. null tests on the validation set.
+        tokenizer: `bytes`, a local tokenizer.json or sentencepiece model file, or a folder with one.
+        seq_len: Tokens a sequence.
+        batch_size: Sequences a micro-batch, on each device.
+        document_boundaries: Keep documents apart: nothing crosses from one to the next, in the model or in the loss.
+        val_fraction: Share of documents that validate. A document's side depends on its text and split_seed alone.
+        val_tokens: Use at most so many tokens of the validation set (a fixed choice). null uses all.
+        text_key: Key of the text in .jsonl lines, or its column in .parquet files.
+        seed: Order of documents and windows in training.
+        split_seed: Which documents validate; apart from `seed`, so that runs with several seeds share a validation set.
+        num_workers: Worker processes that make batches. 0 makes them in the main process.
+
+    Raises:
+        ConfigError: a setting outside its range or an unusable tokenizer, at once; an unusable corpus, in `setup`.
+    """
+
+    def __init__(
+        self,
+        path: str | None = None,
+        val_path: str | None = None,
+        test_path: str | None = None,
+        tokenizer: str = "bytes",
+        seq_len: int = 4096,
+        batch_size: int = 4,
+        document_boundaries: bool = True,
+        val_fraction: float = 0.02,
+        val_tokens: int | None = None,
+        text_key: str = "text",
+        seed: int = 0,
+        split_seed: int = 0,
+        num_workers: int = 0,
+    ) -> None:
+        super().__init__()
+        _at_least("seq_len", seq_len, 1)
+        _at_least("batch_size", batch_size, 1)
+        _at_least("seed", seed, 0)
+        _at_least("split_seed", split_seed, 0)
+        _at_least("num_workers", num_workers, 0)
+        if val_tokens is not None and val_tokens < seq_len:
+            raise ConfigError(f"data.val_tokens: must be at least one sequence (data.seq_len {seq_len}), got {val_tokens}")
+        if not 0.0 < val_fraction < 1.0:
+            raise ConfigError(f"data.val_fraction: must lie between 0 and 1, got {val_fraction}")
+        if batch_size * seq_len >= 2**31:  # cu_seqlens is int32
+            raise ConfigError(f"data.batch_size: {batch_size} * data.seq_len {seq_len} must be below 2**31 tokens")
+        self.path = path
+        self.val_path = val_path
+        self.test_path = test_path
+        self.tokenizer = load_tokenizer(tokenizer)
+        self.seq_len = seq_len
+        self.batch_size = batch_size
+        self.document_boundaries = document_boundaries
+        self.val_fraction = val_fraction
+        self.val_tokens = val_tokens
+        self.text_key = text_key
+        self.seed = seed
+        self.split_seed = split_seed
+        self.num_workers = num_workers
+        self._splits: dict[str, Windows] = {}  # "train", "validation", and "test" if it has a corpus of its own
+        self._identity: str | None = None
+        self._packer = Packer(self.tokenizer, seq_len, document_boundaries=document_boundaries)
+        self._train_loader: TrainLoader | None = None
+        self._restored: dict[str, Any] | None = None
+
+    @property
+    def vocab_size(self) -> int:
+        """Token ids of the tokenizer, the document separator included."""
+        return self.tokenizer.vocab_size
+
+    def setup(self, stage: str | None = None) -> None:
+        """Reads and tokenizes what a stage needs (everything if None), once."""
+        testing = stage in ("test", "predict")
+        if "train" not in self._splits and not (testing and self.test_path is not None):
+            self._setup_train_and_validation()
+        if "test" not in self._splits and self.test_path is not None and (testing or stage is None):
+            self._splits["test"] = self._cut(self._encode("test_path", self.test_path), "testing", "test_path")
+
+    def _setup_train_and_validation(self) -> None:
+        train = self._encode("path", self.path)
+        self._identity = identity_of(train)
+        if self.val_path is not None:
+            validation, source = self._encode("val_path", self.val_path), "val_path"
+        else:
+            self._require_tokens(sum(len(document.tokens) for document in train), "in all", "path")
+            train, validation = divide(train, self.split_seed, self.val_fraction)
+            source = "path"
+        limit = None if self.val_tokens is None else self.val_tokens // self.seq_len
+        self._splits["validation"] = self._cut(validation, "validation", source, limit=limit)
+        self._splits["train"] = self._cut(train, "training", "path", seed=self.seed)
+
+    def _encode(self, key: str, path: str | None) -> list[EncodedDocument]:
+        return encode_corpus(path, self.tokenizer, text_key=self.text_key, key=f"data.{key}")
+
+    def _cut(
+        self,
+        documents: list[EncodedDocument],
+        purpose: str,
+        key: str,
+        *,
+        seed: int | None = None,
+        limit: int | None = None,
+    ) -> Windows:
+        if not documents:
+            raise ConfigError(
+                f"data.{key}: {self._shown(key)} has no document for {purpose}: it needs more documents, another "
+                f"data.val_fraction (now {self.val_fraction}) or data.split_seed, or a data.val_path"
+            )
+        # Not by `seed` where it does not train: runs with several seeds are validated on the same windows.
+        stream = concatenate(documents, self.split_seed if seed is None else seed)
+        self._require_tokens(len(stream.tokens), f"for {purpose}", key)
+        return Windows(stream, self.seq_len, seed=seed, limit=limit)
+
+    def _require_tokens(self, tokens: int, purpose: str, key: str) -> None:
+        if tokens < self.seq_len + 1:
+            raise ConfigError(
+                f"data.{key}: {self._shown(key)} has {tokens} tokens {purpose}, and one sequence needs "
+                f"{self.seq_len + 1}: lower data.seq_len (now {self.seq_len}) or add text"
+            )
+
+    def _shown(self, key: str) -> str:
+        paths = {"path": self.path, "val_path": self.val_path, "test_path": self.test_path}
+        return paths[key] or "the built-in corpus"
+
+    def _split(self, name: str) -> Windows:
+        self.setup("test" if name == "test" else "fit")
+        return self._splits[name if name in self._splits else "validation"]
+
+    def sample(self, index: int) -> TokenArray:
+        """Training sample `index`, a pure function of (seed, index): seq_len + 1 tokens, inputs and targets in one."""
+        return self._split("train")[index]
+
+    def describe(self) -> dict[str, Any]:
+        """What has been set up (all if nothing has), for logs and receipts: plain values, sizes and content hashes.
+
+        Keys: path, identity (of all its documents), tokenizer, vocab_size, seq_len; and for each of train, validation,
+        and test if it has a corpus of its own, a dict of documents, tokens, bytes (UTF-8), windows (those in use) and
+        identity.
+        """
+        if not self._splits:
+            self.setup()
+        about: dict[str, Any] = {
+            "path": self._shown("path"),
+            "identity": self._identity,
+            "tokenizer": self.tokenizer.identity,
+            "vocab_size": self.vocab_size,
+            "seq_len": self.seq_len,
+        }
+        for name, windows in self._splits.items():
+            stream = windows.stream
+            about[name] = {
+                "documents": len(stream.starts),
+                "tokens": len(stream.tokens),
+                "bytes": stream.n_bytes,
+                "windows": len(windows),
+                "identity": stream.identity,
+            }
+        return about
+
+    def train_dataloader(self) -> TrainLoader:
+        """Training batches of this rank; goes on where the checkpoint, or the loader before this one, stopped."""
+        windows = self._split("train")
+        order = f"{windows.stream.identity} {self.tokenizer.identity} {self.seq_len} {self.seed}"
+        trainer = self.trainer
+        loader = TrainLoader(
+            windows,
+            self._packer,
+            self.batch_size,
+            self._shard(),
+            self.num_workers,
+            order=order,
+            repeat=bool(getattr(trainer, "overfit_batches", 0)),
+        )
+        if self._restored is not None:
+            loader.load_state_dict(self._restored)
+            self._restored = None
+        elif self._train_loader is not None and trainer is not None and trainer.global_step > 0:
+            # Lightning asks again in the middle (reload_dataloaders_every_n_epochs) and when it fits a second time.
+            loader.load_state_dict(self._train_loader.state_dict())
+        self._train_loader = loader
+        return loader
+
+    def val_dataloader(self) -> EvaluationLoader:
+        """Every validation window once, over all ranks together."""
+        return self._evaluation_loader("validation")
+
+    def test_dataloader(self) -> EvaluationLoader:
+        """Every window of `test_path` once, or of the validation set without one."""
+        return self._evaluation_loader("test")
+
+    def predict_dataloader(self) -> EvaluationLoader:
+        """The same windows as `test_dataloader`."""
+        return self._evaluation_loader("test")
+
+    def _evaluation_loader(self, split: str) -> EvaluationLoader:
+        return EvaluationLoader(self._split(split), self._packer, self.batch_size, self._shard(), self.num_workers)
+
+    def _shard(self) -> Shard:
+        # The data-parallel rank, which under tensor parallelism is not the process's.
+        replicas = self.trainer.distributed_sampler_kwargs if self.trainer is not None else None
+        return Shard(replicas["rank"], replicas["num_replicas"]) if replicas else Shard()
+
+    # Lightning keeps the state of a loader only for checkpoints within an epoch, and loses it when something reads the
+    # number of batches early; that of a data module is always saved, and restored before any loader is made.
+    def state_dict(self) -> dict[str, Any]:
+        """The position in the training samples, for the checkpoint."""
+        return dict(self._train_loader.state_dict()) if self._train_loader is not None else {}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Keeps a checkpoint's position for the next `train_dataloader`, if it is read for training."""
+        if self.trainer is None or self.trainer.state.fn == TrainerFn.FITTING:
+            self._restored = state_dict
+
+
+def _at_least(name: str, value: int, least: int) -> None:
+    if value < least:
+        raise ConfigError(f"data.{name}: must be at least {least}, got {value}")

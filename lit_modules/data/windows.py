@@ -1,0 +1,117 @@
+"""Windows of a token stream, their order, and how they are packed into a batch: pure functions and fixed values.
+
+Legend: B sequences a micro-batch, T tokens a sequence (seq_len), N packed sequences in a batch.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import lru_cache
+from typing import NamedTuple, final
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+from torch.utils.data import Dataset
+
+from lit_modules.data.stream import Int64Array, TokenArray, TokenStream, keyed_hash
+from lit_modules.data.tokenizer import Tokenizer
+
+IGNORED = -100  # the target that no loss counts (torch's default ignore_index)
+
+
+class Batch(NamedTuple):
+    """A micro-batch. With document boundaries it is one packed row, [1, B*T]; without, [B, T].
+
+    inputs and targets are int64; targets[..., t] is the token after inputs[..., t], or -100 where that token is the
+    separator of the next document. cu_seqlens is int32 [N+1], or None without boundaries. n_bytes is an int64 scalar:
+    the UTF-8 bytes that the targets stand for.
+    """
+
+    inputs: Tensor
+    targets: Tensor
+    cu_seqlens: Tensor | None
+    n_bytes: Tensor
+
+
+@lru_cache(maxsize=2)  # a micro-batch may span two epochs
+def permutation(seed: int, epoch: int, n: int) -> Int64Array:
+    """The order of n windows in one epoch: they are sorted by a hash, the same one in every version of numpy."""
+    x = np.arange(n, dtype=np.uint64) * np.uint64(0x9E3779B97F4A7C15)  # splitmix64, wrapping modulo 2**64
+    x += np.uint64(keyed_hash("epoch", seed, epoch.to_bytes(8, "little")))
+    x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+    x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    order = np.argsort(x ^ (x >> np.uint64(31)), kind="stable")
+    order.setflags(write=False)  # the cache hands out the same array again
+    return order
+
+
+@final
+class Windows(Dataset[TokenArray]):
+    """The windows of a stream: window k is tokens [k*T, k*T + T + 1), so that neighbours share one token.
+
+    Item i is the window of sample i. With a seed, samples run through one permutation of the windows after another
+    (epoch e = i // len); without, through the stream. The last tokens that fill no window are in none.
+    """
+
+    def __init__(self, stream: TokenStream, seq_len: int, *, seed: int | None = None, limit: int | None = None) -> None:
+        self.stream = stream
+        self.seq_len = seq_len
+        self.seed = seed
+        count = (len(stream.tokens) - 1) // seq_len
+        self.count = count if limit is None else min(count, limit)
+
+    def __len__(self) -> int:
+        return self.count
+
+    def __getitem__(self, sample: int) -> TokenArray:
+        start = self.window_of(sample) * self.seq_len
+        return self.stream.tokens[start : start + self.seq_len + 1]
+
+    def window_of(self, sample: int) -> int:
+        """The index of the window that sample i holds."""
+        epoch, position = divmod(sample, self.count)
+        return position if self.seed is None else int(permutation(self.seed, epoch, self.count)[position])
+
+
+@final
+class Packer:
+    """Makes a `Batch` from windows of T + 1 tokens (a DataLoader's `collate_fn`, which workers can be sent)."""
+
+    def __init__(self, tokenizer: Tokenizer, seq_len: int, *, document_boundaries: bool) -> None:
+        self.bos_id = tokenizer.bos_id
+        self.token_bytes = tokenizer.token_bytes
+        self.seq_len = seq_len
+        self.document_boundaries = document_boundaries
+
+    def __call__(self, windows: Sequence[TokenArray]) -> Batch:
+        """Packs B windows. None at all become one sequence without a single target, see `EvaluationLoader`."""
+        if windows:
+            tokens_BT = np.stack(windows).astype(np.int64)
+            inputs_BT, targets_BT = tokens_BT[:, :-1].copy(), tokens_BT[:, 1:].copy()
+        else:
+            inputs_BT = np.full((1, self.seq_len), int(self.bos_id == 0), dtype=np.int64)  # some token that is not bos
+            inputs_BT[0, 0] = self.bos_id
+            targets_BT = np.full((1, self.seq_len), IGNORED, dtype=np.int64)
+        cu_seqlens = None
+        if self.document_boundaries:
+            targets_BT[targets_BT == self.bos_id] = IGNORED
+            starts_BT = inputs_BT == self.bos_id
+            starts_BT[:, 0] = True
+            cu_seqlens = np.append(np.flatnonzero(starts_BT), starts_BT.size).astype(np.int32)
+            check_cu_seqlens(cu_seqlens, starts_BT.size)
+            inputs_BT, targets_BT = inputs_BT.reshape(1, -1), targets_BT.reshape(1, -1)
+        n_bytes = self.token_bytes[targets_BT[targets_BT != IGNORED]].sum()
+        return Batch(
+            torch.from_numpy(inputs_BT),
+            torch.from_numpy(targets_BT),
+            None if cu_seqlens is None else torch.from_numpy(cu_seqlens),
+            torch.tensor(int(n_bytes), dtype=torch.int64),
+        )
+
+
+def check_cu_seqlens(cu_seqlens: npt.NDArray[np.int32], total: int) -> None:
+    """Raises ValueError unless cu_seqlens [N+1] rises strictly from 0 to `total`: kernels read outside it otherwise."""
+    if len(cu_seqlens) < 2 or cu_seqlens[0] != 0 or cu_seqlens[-1] != total or (np.diff(cu_seqlens) <= 0).any():
+        raise ValueError(f"cu_seqlens must rise strictly from 0 to {total}, got {cu_seqlens.tolist()}")
