@@ -77,10 +77,11 @@ def settings_of(cls: type[SequenceMixer[Any]]) -> dict[str, inspect.Parameter]:
     return parameters
 
 
-def resolve(name: str, settings: Mapping[str, Settings]) -> tuple[type[SequenceMixer[Any]], dict[str, Any]]:
+def resolve(name: str, settings: Mapping[str, Settings], *, key: str = "layout") -> tuple[type[SequenceMixer[Any]], dict[str, Any]]:
     """The class and the checked settings that `name` in a layout stands for.
 
-    An entry of `settings` with the key `mixer` is an alias: it takes the settings of the mixer it names and overrides them.
+    An entry of `settings` with the key `mixer` is an alias: it takes the settings of the mixer it names and overrides them. `key` is the place
+    that an error about the name itself points to.
 
     Raises:
         ConfigError: unknown mixer or setting, or a value of the wrong type.
@@ -88,9 +89,9 @@ def resolve(name: str, settings: Mapping[str, Settings]) -> tuple[type[SequenceM
     own = dict(settings.get(name) or {})
     base = own.pop("mixer", None)
     if base is None:
-        source, key = find(name), f"mixers.{name}"
-        cls = load(source, key=f"layout {name}")
-        return cls, _checked(cls, {**source.preset, **own}, key)
+        source = find(name, key=key)
+        cls = load(source, key=f"{key} {name}")
+        return cls, _checked(cls, {**source.preset, **own}, f"mixers.{name}")
     if not isinstance(base, str) or "mixer" in (settings.get(base) or {}):
         raise ConfigError(f"mixers.{name}.mixer: must name a mixer, not {'an alias' if isinstance(base, str) else type(base).__name__}")
     source = find(base, key=f"mixers.{name}.mixer")
@@ -115,7 +116,7 @@ def check_unused(settings: Mapping[str, Settings], used: set[str]) -> None:
     """ConfigError for an entry of `settings` that could not be used; dotted paths that no layout names are not imported."""
     for name in settings:
         if name not in used and ("." not in name or "mixer" in (settings[name] or {})):
-            resolve(name, settings)
+            resolve(name, settings, key="mixers")
 
 
 def _checked(cls: type[SequenceMixer[Any]], settings: dict[str, Any], key: str) -> dict[str, Any]:

@@ -126,7 +126,7 @@ def chunkwise(
         if x is None:
             return None
         rows = scatter_rows(x.to(dtype).flatten(0, 1), table.slot, table.n_chunks * CHUNK)
-        return rows.view(table.n_chunks, CHUNK, heads, -1, x.shape[-1]).permute(0, 2, 3, 1, 4)
+        return rows.view(table.n_chunks, CHUNK, heads, -1, x.shape[-1]).permute(0, 2, 3, 1, 4).contiguous()
 
     q_c, k_c, v_c, g_c, b_c, w_c = (to_chunks(x) for x in (q, k, v, g, b, w))
     assert q_c is not None and k_c is not None and v_c is not None  # noqa: PT018
@@ -148,7 +148,7 @@ def intra_chunk(q: Tensor, k: Tensor, Z: Tensor, g: Tensor | None, e: Tensor | N
     P, *rest = strict.unbind(-3)
     Y, U = None, Z
     if e is not None:
-        T = rest[0]  # of I + T: the unit diagonal is implied by `unitriangular`
+        T = rest[0].contiguous()  # of I + T: the unit diagonal is implied by `unitriangular`; the solver copies other layouts slowly
         Y = torch.linalg.solve_triangular(T, e if decay is None else decay * e, upper=False, unitriangular=True)
         U = torch.linalg.solve_triangular(T, Z, upper=False, unitriangular=True)
     return Chunks(

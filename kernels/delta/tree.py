@@ -4,7 +4,8 @@
 
 Rows r and s are met at the level h = 1, 2, 4, ... where they lie in the two halves of one block of 2h rows. With a the last row of the lower half,
 exp(G_r - G_s) = exp(G_r - G_a) exp(G_a - G_s): two factors, one for each row, whose exponents are sums of g and hence <= 0. A level is then a plain
-product of matrices, and no sum is a difference of longer ones, which would lose a small decay beside a large one.
+product of matrices, and the factors of a level are products of those below: no difference of sums, which would lose a small decay beside a large
+one, and one exp per entry of g.
 
 Shapes: C rows (a power of two), K channels, L row sets on the left that share k and g.
 """
@@ -20,14 +21,14 @@ from torch.autograd.function import once_differentiable
 
 def _levels(g: Tensor) -> Iterator[tuple[int, Tensor, Tensor]]:
     """For each h: the factors exp(G_r - G_a) of the upper rows and exp(G_a - G_s) of the lower rows, both [.., C/2h, h, K]."""
-    prefix, suffix = g.clone(), torch.zeros_like(g)  # inside blocks of h rows: up to and including a row; behind a row
+    prefix, suffix = g.exp(), torch.ones_like(g)  # decay inside blocks of h rows: up to and including a row; behind a row
     h = 1
     while h < g.shape[-2]:
         lower_prefix, upper_prefix = prefix.unflatten(-2, (-1, 2, h)).unbind(-3)
         lower_suffix = suffix.unflatten(-2, (-1, 2, h)).select(-3, 0)
-        yield h, upper_prefix.exp(), lower_suffix.exp()
-        lower_suffix += upper_prefix[..., -1:, :]
-        upper_prefix += lower_prefix[..., -1:, :]
+        yield h, upper_prefix, lower_suffix
+        lower_suffix *= upper_prefix[..., -1:, :]
+        upper_prefix *= lower_prefix[..., -1:, :]
         h *= 2
 
 

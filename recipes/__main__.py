@@ -1,0 +1,76 @@
+"""The command line: `python -m recipes COMMAND`, or `lightning-mixers COMMAND`. Help and version load neither torch nor Lightning."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Callable
+from importlib import import_module
+
+from mixers.errors import ConfigError, unknown
+
+COMMANDS: dict[str, tuple[str, str]] = {  # name: (module and function, what it does)
+    "fit": ("fit:run", "train a model"),
+    "validate": ("evaluate:validate", "loss of a checkpoint on the validation set"),
+    "test": ("evaluate:test", "loss of a checkpoint on the test set"),
+    "predict": ("evaluate:predict", "a checkpoint's output for the test set"),
+    "generate": ("generate:run", "continue a text with a checkpoint"),
+    "mixers": ("mixers:run", "list mixers, their settings and the size of their state"),
+    "preflight": ("preflight:run", "check a config: sizes, memory, optimizer groups; needs no GPU and no data"),
+}
+
+EXAMPLE = "recipes fit --config quickstart --model.lm.layout '[kda, swa]'"
+
+
+def usage() -> str:
+    """The text of `--help`."""
+    lines = [f"  {name:<10} {what}" for name, (_, what) in COMMANDS.items()]
+    options = "  --help, --version, and COMMAND --help"
+    return "\n".join(["usage: python -m recipes COMMAND ...", "", *lines, "", options, f"  example: python -m {EXAMPLE}"])
+
+
+def version() -> str:
+    """The installed version."""
+    from importlib.metadata import PackageNotFoundError
+    from importlib.metadata import version as installed
+
+    try:
+        return installed("lightning-mixers")
+    except PackageNotFoundError:  # run from a checkout that was not installed
+        return "not installed"
+
+
+def find_command(name: str) -> Callable[[list[str]], int]:
+    """The function behind a subcommand."""
+    if name not in COMMANDS:
+        raise unknown("command", "command", name, COMMANDS)
+    module, _, function = COMMANDS[name][0].partition(":")
+    run: Callable[[list[str]], int] = getattr(import_module(f"recipes.commands.{module}"), function)
+    return run
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Runs a command line (without the program's name) and returns its exit code: 2 for what the user can mend, said in one line."""
+    arguments = sys.argv[1:] if argv is None else argv
+    if not arguments or arguments[0] in ("-h", "--help"):
+        print(usage())
+        return 0
+    if arguments[0] == "--version":
+        print(f"lightning-mixers {version()}")
+        return 0
+    if not {"", os.getcwd()} & set(sys.path):
+        sys.path.append(os.getcwd())  # a mixer beside the config is found by its dotted path, as `python -m` would
+    try:
+        return find_command(arguments[0])(arguments[1:])
+    except ConfigError as error:
+        print("error:", " ".join(str(error).split()), file=sys.stderr)
+        return 2
+    except BrokenPipeError:  # who read the output has had enough (head, less); Python would complain when it flushes at exit
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
+    except SystemExit as stop:  # --help and --print_config of a subcommand
+        return stop.code if isinstance(stop.code, int) else int(stop.code is not None)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

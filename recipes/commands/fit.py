@@ -1,0 +1,65 @@
+"""`fit`: trains the model of a config, in a new run folder."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+from lightning.fabric.utilities.exceptions import MisconfigurationException
+from lightning.fabric.utilities.rank_zero import rank_zero_only
+
+from lit_modules.loss_curve import short_number
+from mixers.errors import ConfigError
+from recipes.commands import sizes
+from recipes.commands.checkpoints import check_model, with_checkpoint
+from recipes.commands.cli import MixersCLI
+from recipes.commands.config_files import collect
+from recipes.commands.plan import Plan, make_plan
+from recipes.commands.run_folder import make_run_folder
+
+
+def run(argv: list[str]) -> int:
+    """Checks the config, makes the run folder, trains. Nothing is written before all checks that need no data have passed."""
+    request, checkpoint = with_checkpoint(collect(argv))
+    cli = MixersCLI("fit", request)
+    plan = make_plan(cli.config, needs_tokenizer=True)
+    if checkpoint is not None:
+        check_model(checkpoint, plan.model.lm.settings)
+        cli.config["ckpt_path"] = str(checkpoint)
+    folder = None if cli.config.trainer.fast_dev_run else _run_folder(cli)
+    try:
+        cli.build(folder)
+        cli.datamodule.setup("fit")  # here, because Trainer hides its errors behind one of its own while the model is on the meta device
+    except ConfigError:
+        if folder is not None and _is_main_process():
+            shutil.rmtree(folder, ignore_errors=True)
+        raise
+    _announce(plan, folder)
+    try:
+        cli.trainer.fit(cli.model, datamodule=cli.datamodule, ckpt_path=checkpoint, weights_only=True)
+    except MisconfigurationException as error:
+        raise ConfigError(f"trainer: {error}") from error
+    return 0
+
+
+def _is_main_process() -> bool:
+    return bool(rank_zero_only.rank == 0)  # type: ignore[attr-defined]
+
+
+def _run_folder(cli: MixersCLI) -> Path:
+    """The run's folder with its config. Only the main process makes one; what the others write goes through it."""
+    root = cli.config.trainer.default_root_dir
+    if not _is_main_process():
+        return Path(root)
+    folder = make_run_folder(root)
+    (folder / "config.yaml").write_text(cli.parser.dump(cli.config, skip_unset=False), encoding="utf-8")
+    return folder
+
+
+@rank_zero_only
+def _announce(plan: Plan, folder: Path | None) -> None:
+    lm = plan.model.lm
+    size = f"{short_number(sizes.count(lm))} parameters ({short_number(sizes.parameters_in_blocks(lm))} in the blocks)"
+    print(f"model: [{', '.join(lm.settings['layout'])}] over {lm.settings['n_layers']} layers, {size}")
+    print(f"training: {short_number(plan.model.max_tokens)} tokens, {plan.tokens_a_step:,} a step, {plan.steps:,} steps")
+    print(f"run folder: {folder}" if folder else "run folder: none (fast_dev_run)", flush=True)

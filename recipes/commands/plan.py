@@ -1,0 +1,103 @@
+"""What a parsed config would train, checked on the meta device: before a folder is made, data are read or a GPU is needed."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+from jsonargparse import Namespace
+
+from lit_modules.data import PackedText
+from lit_modules.data.tokenizer import load_tokenizer
+from lit_modules.decoder_lm import DecoderLM
+from lit_modules.lit_lm import LitLM
+from mixers.base import at_least_one
+from mixers.errors import ConfigError
+from recipes.commands.parser_errors import readable
+
+
+class Plan(NamedTuple):
+    """A config that can be trained, as far as that can be known without data."""
+
+    model: LitLM  # on the meta device
+    data: PackedText  # with the tokenizer of bytes; nothing is read
+    accumulate: int
+    replicas: int  # devices that see different data
+    precision: str
+    max_steps: int  # of the trainer; -1: no limit
+    notes: list[str]  # what could not be checked here
+
+    @property
+    def micro_batch(self) -> int:
+        """Tokens of a micro-batch, on each device."""
+        return self.data.batch_size * self.data.seq_len
+
+    @property
+    def tokens_a_step(self) -> int:
+        return self.micro_batch * self.accumulate * self.replicas
+
+    @property
+    def steps(self) -> int:
+        """Optimizer steps until the first limit."""
+        steps = -(-self.model.max_tokens // self.tokens_a_step)
+        return steps if self.max_steps == -1 else min(steps, self.max_steps)
+
+
+def build_model(**settings: Any) -> DecoderLM:
+    """The model on the meta device; ConfigError with the full key of a setting that cannot be used."""
+    try:
+        with torch.device("meta"):
+            return DecoderLM(**settings)
+    except ConfigError as error:
+        raise ConfigError(f"model.lm.{readable(str(error))}") from error
+
+
+def make_plan(config: Namespace, *, needs_tokenizer: bool) -> Plan:
+    """Builds the model of a parsed config on the meta device and checks what can be checked without data.
+
+    Args:
+        config: as the parser gives it.
+        needs_tokenizer: whether a tokenizer that cannot be read is an error or a note.
+
+    Raises:
+        ConfigError: a setting that cannot be used.
+    """
+    trainer, model, data = config.trainer, config.model.as_dict(), config.data.as_dict()
+    lm = build_model(**model.pop("lm"))
+    notes = _check_vocabulary(lm, data.pop("tokenizer"), needs_tokenizer)
+    at_least_one(**{"trainer.accumulate_grad_batches": trainer.accumulate_grad_batches})
+    return Plan(
+        model=LitLM(lm, **model),
+        data=PackedText(**data, tokenizer="bytes"),
+        accumulate=trainer.accumulate_grad_batches,
+        replicas=_replicas(trainer),
+        precision=str(trainer.precision or "32-true"),
+        max_steps=trainer.max_steps,
+        notes=notes,
+    )
+
+
+def _check_vocabulary(lm: DecoderLM, tokenizer: str, needed: bool) -> list[str]:
+    try:
+        tokens = load_tokenizer(tokenizer).vocab_size
+    except ConfigError as error:
+        if needed:
+            raise
+        return [f"model.lm.vocab_size was not checked: {error}"]
+    if lm.settings["vocab_size"] < tokens:
+        raise ConfigError(f"model.lm.vocab_size: is {lm.settings['vocab_size']}, but the tokenizer {tokenizer} has {tokens} tokens")
+    return []
+
+
+def _replicas(trainer: Namespace) -> int:
+    """Devices of a trainer that see different data, as far as its settings tell."""
+    devices = trainer.devices
+    if str(devices) in ("auto", "-1"):
+        count = 1 if trainer.accelerator == "cpu" else max(1, torch.cuda.device_count())
+    elif isinstance(devices, list):
+        count = len(devices)
+    else:
+        count = len(devices.split(",")) if "," in str(devices) else int(devices)
+    arguments = trainer.strategy.get("init_args") if isinstance(trainer.strategy, Namespace) else None
+    sharing = arguments.get("tensor_parallel_size", 1) if arguments is not None else 1
+    return max(1, int(count * trainer.num_nodes // (sharing if isinstance(sharing, int) else 1)))

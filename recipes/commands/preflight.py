@@ -1,0 +1,98 @@
+"""`preflight`: what a config would train and what is wrong with it, without a GPU and without data. `fit` begins with the same checks."""
+
+from __future__ import annotations
+
+import sys
+from collections import defaultdict
+
+from rich.console import Console
+from rich.table import Table
+
+from lit_modules.decoder_lm import DecoderLM
+from lit_modules.loss_curve import short_number
+from lit_modules.optim import describe_groups, group_table, optimizer_groups
+from recipes.commands import sizes
+from recipes.commands.checkpoints import check_model, with_checkpoint
+from recipes.commands.cli import MixersCLI
+from recipes.commands.config_files import collect
+from recipes.commands.plan import Plan, make_plan
+
+
+def run(argv: list[str]) -> int:
+    """Prints the plan of a config; the arguments are those of `fit`."""
+    request, checkpoint = with_checkpoint(collect(argv))
+    plan = make_plan(MixersCLI("preflight", request).config, needs_tokenizer=False)
+    if checkpoint is not None:
+        check_model(checkpoint, plan.model.lm.settings)
+    console = Console(width=None if sys.stdout.isatty() else 140, highlight=False)
+    lm, groups = plan.model.lm, optimizer_groups(plan.model.lm, plan.model.weight_decay)
+    console.print(layer_table(lm, plan), parts_table(lm), group_table(describe_groups(groups)), memory_table(plan), sep="\n\n")
+    for name, value in facts(plan).items():
+        console.print(f"{name:<16} {value}", soft_wrap=True, markup=False)
+    return 0
+
+
+def _table(title: str, text: list[str], numbers: list[str]) -> Table:
+    """An empty table with columns of text and columns of numbers."""
+    table = Table(title=title, title_justify="left")
+    for column in text:
+        table.add_column(column, overflow="fold")
+    for column in numbers:
+        table.add_column(column, justify="right")
+    return table
+
+
+def layer_table(lm: DecoderLM, plan: Plan) -> Table:
+    """Every mixer of the layout, the layers that it is in, and what one of them costs."""
+    tokens = plan.data.seq_len
+    states = sizes.state_bytes(lm, tokens, sizes.precision_of(plan.precision).computed)
+    layers: dict[str, list[int]] = defaultdict(list)
+    for i, name in enumerate(lm.layer_names):
+        layers[name].append(i)
+    table = _table("Layers", ["mixer", "layers"], ["parameters each", f"state each at {tokens:,} tokens", "FLOPs a token each"])
+    for name, where in layers.items():
+        mixer = lm.mixers()[where[0]]
+        flops = short_number(mixer.flops(tokens) / tokens)
+        table.add_row(name, ", ".join(map(str, where)), f"{sizes.count(mixer):,}", sizes.bytes_text(states[where[0]]), flops)
+    return table
+
+
+def parts_table(lm: DecoderLM) -> Table:
+    """Parameters by part."""
+    parts = sizes.parameters_by_part(lm)
+    table = _table("Parameters", ["part"], ["parameters"])
+    for part, number in parts.items():
+        table.add_row(part, f"{number:,}")
+    table.add_section()
+    table.add_row("in the blocks", f"{sizes.parameters_in_blocks(lm):,}")
+    table.add_row("total", f"{sum(parts.values()):,}")
+    return table
+
+
+def memory_table(plan: Plan) -> Table:
+    """The estimate of a device's memory."""
+    memory = sizes.training_memory(plan.model.lm, plan.micro_batch, sizes.precision_of(plan.precision))
+    table = _table(f"Memory for training in {plan.precision}, roughly", ["what"], ["on one device, unsharded"])
+    for what, number in memory._asdict().items():
+        table.add_row(what, sizes.bytes_text(number))
+    table.add_section()
+    table.add_row("total", sizes.bytes_text(memory.total))
+    return table
+
+
+def facts(plan: Plan) -> dict[str, str]:
+    """The rest, a line each."""
+    lm, tokens = plan.model.lm, plan.data.seq_len
+    state = sum(sizes.state_bytes(lm, tokens, sizes.precision_of(plan.precision).computed))
+    flops = lm.flops(tokens) / tokens
+    fp32 = lm.parameter_groups().fp32
+    batch = f"{plan.data.batch_size} x {tokens:,} x {plan.accumulate} (accumulated) x {plan.replicas} (devices)"
+    return {
+        "layout": f"[{', '.join(lm.settings['layout'])}] over {lm.settings['n_layers']} layers",
+        "state": f"{sizes.bytes_text(state)} a sequence at {tokens:,} tokens",
+        "FLOPs a token": f"{short_number(flops)} forward, {short_number(sizes.TRAINING_FLOPS * flops)} in training",
+        "dtypes": f"{plan.precision}; {sum(p.numel() for n, p in lm.named_parameters() if n in fp32):,} parameters stay float32",
+        "tokens a step": f"{plan.tokens_a_step:,} = {batch}",
+        "steps": f"{plan.steps:,} to {plan.model.max_tokens:,} tokens, {plan.model.warmup_tokens // plan.tokens_a_step:,} of them warm-up",
+        **{f"note {i}": note for i, note in enumerate(plan.notes, 1)},
+    }

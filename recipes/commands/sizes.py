@@ -1,0 +1,104 @@
+"""What a model costs: parameters, state, operations, memory. Pure functions of a model on the meta device."""
+
+from __future__ import annotations
+
+from typing import NamedTuple, cast
+
+import torch
+from torch import nn
+
+from lit_modules.decoder_lm import Block, DecoderLM
+
+TRAINING_FLOPS = 3  # a backward pass costs two forwards
+
+
+class Precision(NamedTuple):
+    """Bytes of a number in a Lightning precision."""
+
+    stored: int  # weights, gradients and each of the optimizer's two moments
+    computed: int  # activations, and copies of the matrices where they differ from `stored`
+
+
+PRECISIONS = {
+    "16-mixed": Precision(4, 2),
+    "bf16-mixed": Precision(4, 2),
+    "16-true": Precision(2, 2),
+    "bf16-true": Precision(2, 2),
+    "32-true": Precision(4, 4),
+    "64-true": Precision(8, 8),
+}
+_SHORT = {"16": "16-mixed", "bf16": "bf16-mixed", "32": "32-true", "64": "64-true", "None": "32-true"}
+
+
+def precision_of(name: str | int | None) -> Precision:
+    """The sizes of a `trainer.precision`; those of 32-true for one that is not known."""
+    return PRECISIONS.get(_SHORT.get(str(name), str(name)), PRECISIONS["32-true"])
+
+
+def count(module: nn.Module) -> int:
+    """Numbers in the parameters of a module."""
+    return sum(parameter.numel() for parameter in module.parameters())
+
+
+def parameters_by_part(lm: DecoderLM) -> dict[str, int]:
+    """Numbers of parameters in each part of the model."""
+    blocks = cast(list[Block], list(lm.layers))
+    return {
+        "embedding": count(lm.embedding),
+        "mixers": sum(map(count, lm.mixers())),
+        "MLPs": sum(count(block.mlp) for block in blocks),
+        "norms": count(lm.norm) + sum(count(block.mixer_norm) + count(block.mlp_norm) for block in blocks),
+        "head": count(lm.head),
+    }
+
+
+def parameters_in_blocks(lm: DecoderLM) -> int:
+    """What papers give as the size of a model: without embedding, final norm and head."""
+    return count(lm.layers)
+
+
+def state_bytes(lm: DecoderLM, tokens: int, computed: int) -> list[int]:
+    """Bytes of each layer's state for one sequence of so many tokens, caches in numbers of `computed` bytes."""
+    dtype = {2: torch.bfloat16, 4: torch.float32, 8: torch.float64}[computed]
+    state = lm.init_state(1, max_tokens=tokens, device="meta", dtype=dtype)
+    return [sum(tensor.numel() * tensor.element_size() for tensor in layer) for layer in state]
+
+
+class Memory(NamedTuple):
+    """Bytes on one device that holds the whole model."""
+
+    weights: int
+    gradients: int
+    optimizer: int
+    copies: int  # of the matrices in the precision of the computation, under *-mixed
+    activations: int  # roughly: what the layers keep for the backward pass, and the logits
+
+    @property
+    def total(self) -> int:
+        return sum(self)
+
+
+def training_memory(lm: DecoderLM, tokens: int, precision: Precision) -> Memory:
+    """An estimate for micro-batches of `tokens` tokens under AdamW, without what kernels and allocator need in between."""
+    fp32 = lm.parameter_groups().fp32
+    stored = sum(p.numel() * (max(4, precision.stored) if name in fp32 else precision.stored) for name, p in lm.named_parameters())
+    matrices = sum(count(m) for m in lm.modules() if isinstance(m, nn.Linear))
+    kept = sum(m.out_features for block in lm.layers for m in block.modules() if isinstance(m, nn.Linear))
+    kept += 6 * lm.settings["d_model"] * len(lm.layers)  # both norms' inputs and outputs, both sums
+    logits = lm.settings["vocab_size"] * (precision.computed + 2 * max(4, precision.computed))  # logits, softmax, its gradient
+    return Memory(
+        weights=stored,
+        gradients=stored,
+        optimizer=2 * stored,
+        copies=matrices * precision.computed if precision.computed < precision.stored else 0,
+        activations=tokens * (kept * precision.computed + logits),
+    )
+
+
+def bytes_text(number: float) -> str:
+    """1536 as '1.5 KiB'."""
+    for unit in ("bytes", "KiB", "MiB", "GiB"):
+        if number < 1024 or unit == "GiB":
+            return f"{number:,.0f} {unit}" if unit == "bytes" else f"{number:,.1f} {unit}"
+        number /= 1024
+    raise AssertionError("GiB ends the loop")

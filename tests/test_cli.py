@@ -1,0 +1,262 @@
+"""The command line: light answers, every subcommand once as a user starts it, what a config may change, preflight."""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+from cli_cases import RUN_FILES, here_fixture, last, one_thread, run_of, trained_fixture  # noqa: F401
+from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint
+
+from mixers.errors import ConfigError
+from recipes.__main__ import COMMANDS, main
+from recipes.commands.cli import MixersCLI
+from recipes.commands.config_files import RECIPES, collect, recipe_names
+from recipes.commands.parser_errors import explain
+from recipes.commands.plan import make_plan
+from recipes.commands.run_folder import make_run_folder
+from recipes.commands.sizes import PRECISIONS, precision_of, state_bytes, training_memory
+
+ROOT = Path(__file__).parents[1]
+
+
+# --- light answers ---
+
+
+@pytest.mark.parametrize(("arguments", "code"), [(["--help"], 0), (["-h"], 0), (["--version"], 0), ([], 0), (["fitt"], 2)])
+def test_light_answers(arguments: list[str], code: int) -> None:
+    """Without torch, and in a fifth of a second."""
+    program = (
+        "import sys, time; from recipes.__main__ import main; code = main(sys.argv[1:]);"
+        "heavy = {'torch', 'lightning', 'numpy', 'yaml', 'rich', 'jsonargparse'} & set(sys.modules);"
+        "print(code, heavy or 'light', time.process_time() < 0.2)"
+    )
+    done = subprocess.run([sys.executable, "-c", program, *arguments], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert done.stdout.splitlines()[-1] == f"{code} light True"
+    if arguments in (["--help"], []):
+        assert all(re.search(rf"^  {command} ", done.stdout, re.MULTILINE) for command in COMMANDS)
+    if code:
+        assert done.stderr.startswith("error: command: unknown command 'fitt'; did you mean 'fit'?")
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_help_of_a_command(command: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main([command, "--help"]) == 0
+    out = capsys.readouterr().out
+    assert out.startswith(f"usage: python -m recipes {command}")
+    assert "--config" in out or command == "generate"
+
+
+# --- every subcommand as a user starts it ---
+
+
+def start(folder: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
+    """A process of its own, in another folder than the checkout's."""
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    return subprocess.run([sys.executable, "-m", "recipes", *arguments], cwd=folder, env=environment, capture_output=True, text=True)
+
+
+def test_process_of_fit(here: Path) -> None:
+    done = start(here, "fit", "--config", "small.yaml")
+    assert done.returncode == 0, done.stderr
+    run = run_of(here)
+    said = done.stdout.splitlines()
+    shown = run.relative_to(here).as_posix()
+    assert sum(line.rstrip("/") == f"run folder: {shown}" for line in said) == 2  # at the start and at the end
+    assert "model: [gdn2, swa] over 2 layers" in done.stdout
+    assert "step 4/4" in done.stdout
+    assert "bits per byte" in done.stdout
+    assert "Tip" not in done.stderr
+    assert "site-packages" not in done.stderr, done.stderr  # where Lightning's warnings say they are from
+    assert {file.name for file in run.iterdir()} >= RUN_FILES
+
+
+def test_two_processes_share_a_folder(here: Path) -> None:
+    done = start(here, "fit", "--config=small.yaml", "--trainer.devices=2", "--trainer.strategy=ddp", "--trainer.max_steps=1")
+    assert done.returncode == 0, done.stderr
+    assert {file.name for file in run_of(here).iterdir()} >= RUN_FILES
+    assert "128 a step" in done.stdout
+    assert done.stdout.count("run folder: ") == 2
+
+
+@pytest.mark.parametrize("command", ["validate", "test"])
+def test_process_of_evaluation(command: str, trained: Path) -> None:
+    before = sorted(trained.rglob("*"))
+    done = start(trained, command, f"--ckpt_path={last(trained)}")  # the config is that of the run
+    assert done.returncode == 0, done.stderr
+    metric = {"validate": "val/loss", "test": "test/loss"}[command]
+    assert 0 < float(re.search(rf"{metric}\s+│\s+([\d.]+)", done.stdout)[1]) < 6
+    assert "site-packages" not in done.stderr, done.stderr
+    assert sorted(trained.rglob("*")) == before  # nothing is written, the run's config least of all
+
+
+def test_process_of_predict(trained: Path) -> None:
+    done = start(trained, "predict", f"--ckpt_path={last(trained)}")
+    assert done.returncode == 0, done.stderr
+    lines = [yaml.safe_load(line) for line in done.stdout.splitlines()]
+    assert sum(line["tokens"] for line in lines) == 64
+    assert all(line["nll"] > 0 for line in lines)
+
+
+def test_process_of_generate(trained: Path) -> None:
+    done = start(trained, "generate", "--ckpt_path", "last", "--prompt", "the cat ", "--max_new_tokens=8", "--seed=1")
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.startswith("the cat ")
+    assert len(done.stdout) > len("the cat ") + 1
+
+
+def test_process_of_preflight_and_mixers(tmp_path: Path) -> None:
+    done = start(tmp_path, "preflight", "--config", "paper/gdn2_hybrid_1.3b", "--trainer.devices=1")
+    assert done.returncode == 0, done.stderr
+    for text in ("1,300,314,384", "1,447,772,688", "524,288", "190,735", "gdn2", "swa", "[gdn2, swa] over 18 layers", "no decay", "bf16-mixed"):
+        assert text in done.stdout
+    done = start(tmp_path, "mixers")
+    assert done.returncode == 0, done.stderr
+    assert "gdn2" in done.stdout
+    assert not list(tmp_path.iterdir())
+
+
+def test_process_of_an_error(tmp_path: Path) -> None:
+    done = start(tmp_path, "fit", "--config", "quickstart", "--model.lm.layout=[gdn3]")
+    assert done.returncode == 2
+    assert done.stderr.startswith("error: model.lm.layout: unknown mixer 'gdn3'")
+    assert len(done.stderr.splitlines()) == 1
+    assert not list(tmp_path.iterdir())
+
+
+# --- what the config may change ---
+
+
+def built(*arguments: str, folder: Path | None = None) -> MixersCLI:
+    cli = MixersCLI("fit", collect(["--config", "small.yaml", *arguments]))
+    cli.build(folder)
+    return cli
+
+
+@pytest.mark.usefixtures("here")
+def test_defaults() -> None:
+    cli = built(folder=make_run_folder("runs"))
+    names = [type(callback).__name__ for callback in cli.trainer.callbacks]
+    assert names == ["ProgressBar", "Throughput", "RunSummary", "Checkpoint"]
+    assert [logger.log_dir.rstrip("/") for logger in cli.trainer.loggers] == [str(cli.run_folder)] * 2
+    assert cli.trainer.checkpoint_callback.save_last is True
+    assert cli.config.trainer.use_distributed_sampler is False
+    assert cli.config.trainer.accelerator == "cpu"
+    assert all(parameter.is_meta for parameter in cli.model.lm.parameters())
+    assert MixersCLI("fit", collect(["--config", "quickstart"])).config.trainer.accelerator == "auto"
+
+
+@pytest.mark.usefixtures("here")
+def test_parts_may_be_turned_off() -> None:
+    off = ["--trainer.logger=false", "--trainer.enable_checkpointing=false", "--trainer.enable_progress_bar=false"]
+    cli = built(*off, folder=make_run_folder("runs"))
+    assert [type(callback).__name__ for callback in cli.trainer.callbacks] == ["Throughput", "RunSummary"]
+    assert not cli.trainer.loggers
+
+
+@pytest.mark.usefixtures("here")
+def test_parts_may_be_added() -> None:
+    stop = "[{class_path: EarlyStopping, init_args: {monitor: val/loss}}]"
+    log = "{class_path: TensorBoardLogger, init_args: {save_dir: elsewhere}}"
+    cli = built(f"--trainer.callbacks={stop}", f"--trainer.logger={log}", "--checkpoint.save_top_k=-1", folder=make_run_folder("runs"))
+    assert any(isinstance(callback, EarlyStopping) for callback in cli.trainer.callbacks)
+    assert any(isinstance(callback, ModelCheckpoint) and callback.save_top_k == -1 for callback in cli.trainer.callbacks)
+    assert [type(logger).__name__ for logger in cli.trainer.loggers] == ["CSVLogger", "TensorBoardLogger"]
+    assert cli.trainer.log_dir.rstrip("/") == str(cli.run_folder)
+
+
+@pytest.mark.usefixtures("here")
+def test_one_seed_for_model_and_data() -> None:
+    cli = built("--seed_everything=7")
+    assert (cli.model.lm.settings["seed"], cli.datamodule.seed) == (7, 7)
+    assert built().model.lm.settings["seed"] == 0
+
+
+def test_print_config(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["fit", "--config", "small.yaml", "--model.lm.mixers.gdn2.head_dim=6", "--print_config"]) == 0
+    printed = yaml.safe_load(capsys.readouterr().out)
+    assert printed["model"]["lm"]["mixers"]["gdn2"] == {"num_heads": 2, "head_dim": 6}
+    assert not (here / "runs").exists()
+
+
+@pytest.mark.usefixtures("here")
+def test_recipes_by_name() -> None:
+    assert collect(["--config", "quickstart"]).files == [RECIPES / "quickstart.yaml"]
+    assert collect(["-c", "paper/gdn2_1.3b"]).files == [RECIPES / "paper" / "gdn2_1.3b.yaml"]
+    assert collect(["--config=recipes/paper/gdn2_1.3b.yaml"]).files == [RECIPES / "paper" / "gdn2_1.3b.yaml"]
+    Path("quickstart").write_text("seed_everything: 3")  # a file of the user's own comes first
+    assert collect(["--config", "quickstart"]).config == {"seed_everything": 3}
+    assert set(recipe_names()) >= {"quickstart", "tiny", "paper/gdn2_1.3b"}
+
+
+# --- preflight ---
+
+
+def test_preflight_reports(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    Path("corpus.txt").unlink()  # no data are needed
+    assert main(["preflight", "--config", "small.yaml", "--trainer.accumulate_grad_batches=3", "--trainer.devices=2"]) == 0
+    out = capsys.readouterr().out
+    plan = make_plan(MixersCLI("preflight", collect(["--config=small.yaml"])).config, needs_tokenizer=True)
+    lm = plan.model.lm
+    numbers = [
+        sum(p.numel() for p in lm.parameters()),
+        sum(p.numel() for p in lm.layers.parameters()),
+        lm.embedding.weight.numel(),
+        sum(p.numel() for p in lm.mixers()[0].parameters()),
+    ]
+    for number in numbers:
+        assert f"{number:,}" in out
+    assert "384 = 2 x 32 x 3 (accumulated) x 2 (devices)" in out
+    assert "steps            1 to 256 tokens" in out
+    assert "activations" in out
+    assert "decay" in out
+    assert not (here / "runs").exists()
+
+
+@pytest.mark.usefixtures("here")
+def test_preflight_knows_the_state() -> None:
+    """Recurrent states are float32 whatever the precision; caches are in the precision of the computation."""
+    lm = make_plan(MixersCLI("preflight", collect(["--config=small.yaml"])).config, needs_tokenizer=True).model.lm
+    gdn2, swa = state_bytes(lm, 100, precision_of("bf16-mixed").computed)
+    assert gdn2 == 2 * 4 * 4 * 4 + 3 * 3 * 8 * 2  # S, and three tokens of q, k, v
+    assert swa == 2 * 8 * 16 * 2 + 8  # a window of keys and values, and the position
+    assert sum(state_bytes(lm, 100, 4)) == 4 * (lm.state_numel(100)) + 8
+
+
+@pytest.mark.usefixtures("here")
+def test_preflight_memory() -> None:
+    lm = make_plan(MixersCLI("preflight", collect(["--config=small.yaml"])).config, needs_tokenizer=True).model.lm
+    numbers = sum(p.numel() for p in lm.parameters())
+    full, mixed, true = (training_memory(lm, 64, PRECISIONS[name]) for name in ("32-true", "bf16-mixed", "bf16-true"))
+    assert (full.weights, full.gradients, full.optimizer, full.copies) == (4 * numbers, 4 * numbers, 8 * numbers, 0)
+    assert mixed.weights == full.weights
+    assert mixed.copies > 0
+    assert mixed.activations < full.activations
+    fp32 = sum(p.numel() for name, p in lm.named_parameters() if name in lm.parameter_groups().fp32)
+    assert true.weights == 2 * numbers + 2 * fp32
+
+
+# --- errors of the parser ---
+
+
+@pytest.mark.parametrize(
+    ("message", "expected"),
+    [
+        ("Group 'model' does not accept option 'lm.layut'", "model.lm.layut: unknown key; did you mean 'model.lm.layout'?"),
+        ("unrecognized arguments: --modle.lr 3", "modle.lr: unknown key; did you mean 'model.lr'?"),
+        ("Option 'x' is not accepted", "x: unknown key (legal: model)"),
+        ("Parser key \"model.lr\":\n  Expected a <class 'float'>. Got value: fast", "model.lr: expected float, got fast"),
+        ("argument --model.lr: expected one argument", "model.lr: expected one argument"),
+        ("the following arguments are required: model.lr, data.path", "model.lr: must be set, and so must data.path; give a --config"),
+        ("something\n   else", "something else"),
+    ],
+)
+def test_parser_errors(message: str, expected: str) -> None:
+    error = explain(message, ["model.lm.layout", "model.lr"])
+    assert isinstance(error, ConfigError)
+    assert str(error) == expected

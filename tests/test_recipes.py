@@ -1,0 +1,114 @@
+"""Every shipped recipe: the paper's sizes and training, and one step of each on a CPU."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from lit_cases import one_thread  # noqa: F401
+
+from mixers.attention import Attention
+from recipes.__main__ import main
+from recipes.commands.cli import MixersCLI
+from recipes.commands.config_files import collect, recipe_names
+from recipes.commands.plan import Plan, make_plan
+from recipes.commands.sizes import parameters_in_blocks
+
+PAPER = [name for name in recipe_names() if name.startswith("paper/")]
+LAYOUTS = {
+    "paper/gdn2_1.3b": ["gdn2"],
+    "paper/gdn2_hybrid_1.3b": ["gdn2", "swa"],
+    "paper/transformer_1.3b": ["attention"],
+    "paper/kda_1.3b": ["kda"],
+    "paper/kda_hybrid_1.3b": ["kda", "swa"],
+    "paper/gdn_1.3b": ["gdn"],
+    "paper/gdn_hybrid_1.3b": ["gdn", "swa"],
+}
+RELEASED = {"paper/gdn2_1.3b": 1_302_638_112, "paper/gdn2_hybrid_1.3b": 1_300_314_384}  # parameters in the blocks
+
+
+@pytest.fixture
+def corpus(tmp_path: Path) -> list[str]:
+    file = tmp_path / "corpus.txt"
+    file.write_text("the cat sat on the mat and looked at the dog. " * 100)
+    return ["--data.path", str(file), "--data.val_path", str(file)]
+
+
+def parse(name: str, *arguments: str) -> tuple[MixersCLI, Plan]:
+    cli = MixersCLI("preflight", collect(["--config", name, *arguments]))
+    return cli, make_plan(cli.config, needs_tokenizer=False)
+
+
+def test_the_paper_has_these_recipes() -> None:
+    assert sorted(LAYOUTS) == PAPER
+    assert {"quickstart", "tiny"} <= set(recipe_names())
+
+
+@pytest.mark.parametrize("name", PAPER)
+def test_sizes_of_the_paper(name: str) -> None:
+    _, plan = parse(name)
+    lm = plan.model.lm
+    assert all(parameter.is_meta for parameter in lm.parameters())
+    assert lm.settings["layout"] == LAYOUTS[name]
+    assert (lm.settings["vocab_size"], lm.settings["d_model"], lm.settings["n_layers"]) == (32_000, 2304, 18)
+    blocks = parameters_in_blocks(lm)
+    assert blocks == RELEASED.get(name, blocks)
+    assert abs(blocks / 1.3e9 - 1) < 0.005
+
+
+@pytest.mark.parametrize("name", PAPER)
+def test_state_of_the_paper(name: str) -> None:
+    """The recurrent state is matched over all models; attention has heads of 128 and, in hybrids, a window of 2048."""
+    _, plan = parse(name)
+    states = plan.model.lm.init_state(1, max_tokens=4096, device="meta")
+    for mixer, state in zip(plan.model.lm.mixers(), states, strict=True):
+        if isinstance(mixer, Attention):
+            assert (mixer.num_heads, mixer.num_kv_heads, mixer.head_dim) == (18, 18, 128)
+            assert mixer.window == (2048 if "hybrid" in name else None)
+        else:
+            assert state.S.numel() == 16 * 128 * 128
+            assert state.S.dtype == torch.float32
+
+
+@pytest.mark.parametrize("name", PAPER)
+def test_training_of_the_paper(name: str) -> None:
+    cli, plan = parse(name, "--trainer.devices=1")
+    model, data, trainer = cli.config.model, cli.config.data, cli.config.trainer
+    assert (model.lr, tuple(model.betas), model.weight_decay, model.final_lr_ratio) == (4e-4, (0.9, 0.95), 0.1, 0.1)
+    assert (model.max_tokens, model.warmup_tokens) == (100_000_000_000, 1_000_000_000)
+    assert (data.seq_len, data.batch_size, trainer.accumulate_grad_batches) == (4096, 4, 32)
+    assert plan.tokens_a_step == 524_288
+    assert plan.steps == 190_735
+    assert (trainer.gradient_clip_val, trainer.precision) == (1.0, "bf16-mixed")
+    assert data.document_boundaries is True
+    assert (data.path, data.tokenizer) == ("data/fineweb_edu", "tokenizer.model")
+    lr = [plan.model.lr_at(tokens) for tokens in (500_000_000, 1_000_000_000, 100_000_000_000)]
+    assert lr == pytest.approx([2e-4, 4e-4, 4e-5])
+
+
+@pytest.mark.parametrize("name", [name for name in recipe_names() if name != "tiny"])
+def test_every_recipe_takes_a_step_when_made_tiny(name: str, corpus: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["fit", "--config", name, "--config", "tiny", "--trainer.fast_dev_run=true", "--summary.max_new_tokens=3", *corpus]) == 0
+    assert "step 1/1" in capsys.readouterr().out
+
+
+def test_quickstart_takes_a_step_as_it_is(capsys: pytest.CaptureFixture[str]) -> None:
+    """On the built-in corpus."""
+    arguments = ["--trainer.fast_dev_run=true", "--trainer.accelerator=cpu", "--data.val_tokens=256", "--summary.max_new_tokens=3"]
+    assert main(["fit", "--config", "quickstart", *arguments]) == 0
+    assert "step 1/1" in capsys.readouterr().out
+
+
+def test_quickstart_is_small() -> None:
+    _, plan = parse("quickstart")
+    assert 0.7e6 < sum(p.numel() for p in plan.model.lm.parameters()) < 1.5e6
+
+
+def test_quickstart_has_settings_for_every_built_in_mixer() -> None:
+    from mixers.registry import BUILT_IN
+
+    for name in BUILT_IN:
+        _, plan = parse("quickstart", "--model.lm.layout", f"[{name}]")
+        assert set(plan.model.lm.layer_names) == {name}
+        assert set(BUILT_IN) <= set(plan.model.lm.settings["mixers"])
