@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from kernels import delta_rule, delta_rule_step
 from mixers.base import SequenceMixer, at_least_one, linear_flops, multiple_of
 from mixers.layers import MIXER_GAIN, GatedRMSNorm, Linear, ShortConv, xavier
-from mixers.state import DeltaState
+from mixers.state import DeltaState, zero_state
 
 
 class Gates(NamedTuple):
@@ -34,12 +34,14 @@ class DeltaMixer(SequenceMixer[DeltaState]):
     """q, k: linear -> short convolution -> SiLU -> L2 norm per head; v: linear -> short convolution -> SiLU; the delta rule with the gates of a
     subclass; RMSNorm per head times SiLU(low-rank gate); output projection. (Gated DeltaNet-2, arXiv 2605.22791, 3.5 and appendix C.1.)
 
+    A subclass says what its gates are: `make_gates` builds their modules, `gates` computes them.
+
     Args:
         d_model: width of the input and the output.
         num_heads: key heads H.
         head_dim: key size K of a head.
-        num_v_heads: value heads, a multiple of `num_heads`; None: the same number.
-        v_head_dim: value size V of a head; None: `head_dim`.
+        num_v_heads: value heads, a multiple of num_heads; null: num_heads.
+        v_head_dim: value size V of a head; null: head_dim.
         conv_size: taps of the short convolution.
         norm_eps: epsilon of the output norm.
     """
@@ -47,12 +49,12 @@ class DeltaMixer(SequenceMixer[DeltaState]):
     def __init__(
         self,
         d_model: int,
-        num_heads: int,
-        head_dim: int,
-        num_v_heads: int | None,
-        v_head_dim: int | None,
-        conv_size: int,
-        norm_eps: float,
+        num_heads: int = 16,
+        head_dim: int = 128,
+        num_v_heads: int | None = None,
+        v_head_dim: int | None = None,
+        conv_size: int = 4,
+        norm_eps: float = 1e-5,
     ) -> None:
         super().__init__(d_model)
         self.num_heads, self.head_dim = num_heads, head_dim
@@ -69,6 +71,7 @@ class DeltaMixer(SequenceMixer[DeltaState]):
         self.gate_proj = self.low_rank(d_model, self.v_width, bias=True)
         self.norm = GatedRMSNorm(self.v_head_dim, norm_eps)
         self.o_proj = self.linear(self.v_width, d_model)
+        self.make_gates()
 
     @staticmethod
     def linear(in_features: int, out_features: int, *, bias: bool = False) -> Linear:
@@ -78,6 +81,10 @@ class DeltaMixer(SequenceMixer[DeltaState]):
     def low_rank(self, in_features: int, out_features: int, *, bias: bool = False) -> nn.Sequential:
         """Two linear layers with a value head's width between them."""
         return nn.Sequential(self.linear(in_features, self.v_head_dim), self.linear(self.v_head_dim, out_features, bias=bias))
+
+    @abstractmethod
+    def make_gates(self) -> None:
+        """Adds the modules that `gates` reads; the sizes are set."""
 
     @abstractmethod
     def gates(self, x: Tensor) -> Gates:
@@ -106,17 +113,9 @@ class DeltaMixer(SequenceMixer[DeltaState]):
         dtype: torch.dtype | None = None,
     ) -> DeltaState:
         like = self.conv.weight
-        device, dtype = device or like.device, dtype or like.dtype
-        size = self.conv.weight.shape[1] - 1
-        S = torch.zeros(
-            batch_size,
-            self.num_v_heads,
-            self.head_dim,
-            self.v_head_dim,
-            device=device,
-            dtype=torch.promote_types(dtype, torch.float32),
-        )
-        return DeltaState(S, torch.zeros(batch_size, size, like.shape[0], device=device, dtype=dtype))
+        S = zero_state(like, (batch_size, self.num_v_heads, self.head_dim, self.v_head_dim), device, dtype)
+        conv = torch.zeros(batch_size, like.shape[1] - 1, like.shape[0], device=S.device, dtype=dtype or like.dtype)
+        return DeltaState(S, conv)
 
     def state_numel(self, tokens: int) -> int:  # noqa: ARG002 (the state has one size)
         return self.num_v_heads * self.head_dim * self.v_head_dim + (self.conv.weight.shape[1] - 1) * self.conv.weight.shape[0]

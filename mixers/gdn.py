@@ -12,33 +12,11 @@ from mixers.layers import DecayGate
 
 @final
 class GatedDeltaNet(DeltaMixer):
-    """S_t = exp(g) (I - beta k k^T) S_{t-1} + beta k v^T: decay and beta per value head.
+    """S_t = exp(g) (I - beta k k^T) S_{t-1} + beta k v^T: decay and beta per value head; else as `gdn2`. Settings: `DeltaMixer`'s."""
 
-    The rest of the layer is `gdn2`'s.
-
-    Args:
-        d_model: width of the input and the output.
-        num_heads: key heads H.
-        head_dim: key size K of a head.
-        num_v_heads: value heads, a multiple of num_heads; null: num_heads.
-        v_head_dim: value size V of a head; null: head_dim.
-        conv_size: taps of the short convolution.
-        norm_eps: epsilon of the output norm.
-    """
-
-    def __init__(
-        self,
-        d_model: int,
-        num_heads: int = 16,
-        head_dim: int = 128,
-        num_v_heads: int | None = None,
-        v_head_dim: int | None = None,
-        conv_size: int = 4,
-        norm_eps: float = 1e-5,
-    ) -> None:
-        super().__init__(d_model, num_heads, head_dim, num_v_heads, v_head_dim, conv_size, norm_eps)
-        self.beta_proj = self.linear(d_model, self.num_v_heads)
-        self.f_proj = self.linear(d_model, self.num_v_heads)
+    def make_gates(self) -> None:
+        self.beta_proj = self.linear(self.d_model, self.num_v_heads)
+        self.f_proj = self.linear(self.d_model, self.num_v_heads)
         self.decay = DecayGate(self.num_v_heads, 1)
 
     def gates(self, x: Tensor) -> Gates:

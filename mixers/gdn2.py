@@ -42,10 +42,12 @@ class GatedDeltaNet2(DeltaMixer):
     ) -> None:
         super().__init__(d_model, num_heads, head_dim, num_v_heads, v_head_dim, conv_size, norm_eps)
         self.erase, self.write, self.allow_neg_eigval = erase, write, allow_neg_eigval
-        self.b_proj = self.linear(d_model, self.k_width)
-        self.w_proj = self.linear(d_model, self.v_width)
-        self.f_proj = self.low_rank(d_model, self.k_width)
-        self.decay = DecayGate(num_heads, head_dim)
+
+    def make_gates(self) -> None:
+        self.b_proj = self.linear(self.d_model, self.k_width)
+        self.w_proj = self.linear(self.d_model, self.v_width)
+        self.f_proj = self.low_rank(self.d_model, self.k_width)
+        self.decay = DecayGate(self.num_heads, self.head_dim)
 
     def gates(self, x: Tensor) -> Gates:
         b = self.b_proj(x).sigmoid().unflatten(-1, (self.num_heads, -1))

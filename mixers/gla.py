@@ -13,7 +13,7 @@ from mixers.base import SequenceMixer, at_least_one, default_head_dim, linear_fl
 from mixers.delta import delta_rule_flops
 from mixers.errors import ConfigError
 from mixers.layers import MIXER_GAIN, GatedRMSNorm, Linear, xavier
-from mixers.state import RecurrentState
+from mixers.state import RecurrentState, zero_state
 
 
 @final
@@ -78,10 +78,8 @@ class GatedLinearAttention(SequenceMixer[RecurrentState]):
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> RecurrentState:
-        like = self.q_proj.weight
-        dtype = torch.promote_types(dtype or like.dtype, torch.float32)
         shape = (batch_size, self.num_heads, self.head_dim, self.v_head_dim)
-        return RecurrentState(torch.zeros(shape, device=device or like.device, dtype=dtype))
+        return RecurrentState(zero_state(self.q_proj.weight, shape, device, dtype))
 
     def state_numel(self, tokens: int) -> int:  # noqa: ARG002 (the state has one size)
         return self.num_heads * self.head_dim * self.v_head_dim

@@ -12,34 +12,15 @@ from mixers.layers import DecayGate
 
 @final
 class KimiDeltaAttention(DeltaMixer):
-    """S_t = (I - beta k k^T) Diag(exp g) S_{t-1} + beta k v^T: decay per key channel, beta per value head.
+    """S_t = (I - beta k k^T) Diag(exp g) S_{t-1} + beta k v^T: decay per key channel, beta per value head; else as `gdn2`.
 
-    The rest of the layer is `gdn2`'s.
-
-    Args:
-        d_model: width of the input and the output.
-        num_heads: key heads H.
-        head_dim: key size K of a head.
-        num_v_heads: value heads, a multiple of num_heads; null: num_heads.
-        v_head_dim: value size V of a head; null: head_dim.
-        conv_size: taps of the short convolution.
-        norm_eps: epsilon of the output norm.
+    Settings: `DeltaMixer`'s.
     """
 
-    def __init__(
-        self,
-        d_model: int,
-        num_heads: int = 16,
-        head_dim: int = 128,
-        num_v_heads: int | None = None,
-        v_head_dim: int | None = None,
-        conv_size: int = 4,
-        norm_eps: float = 1e-5,
-    ) -> None:
-        super().__init__(d_model, num_heads, head_dim, num_v_heads, v_head_dim, conv_size, norm_eps)
-        self.beta_proj = self.linear(d_model, self.num_v_heads)
-        self.f_proj = self.low_rank(d_model, self.k_width)
-        self.decay = DecayGate(num_heads, head_dim)
+    def make_gates(self) -> None:
+        self.beta_proj = self.linear(self.d_model, self.num_v_heads)
+        self.f_proj = self.low_rank(self.d_model, self.k_width)
+        self.decay = DecayGate(self.num_heads, self.head_dim)
 
     def gates(self, x: Tensor) -> Gates:
         beta = self.beta_proj(x).sigmoid().unsqueeze(-1)

@@ -12,7 +12,7 @@ from kernels import delta_rule, delta_rule_step
 from mixers.base import SequenceMixer, at_least_one, default_head_dim, linear_flops
 from mixers.delta import delta_rule_flops
 from mixers.layers import MIXER_GAIN, Linear, xavier
-from mixers.state import RecurrentState
+from mixers.state import RecurrentState, zero_state
 
 EPS = 1e-6  # added to the normaliser
 
@@ -60,10 +60,8 @@ class LinearAttention(SequenceMixer[RecurrentState]):
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> RecurrentState:
-        like = self.q_proj.weight
-        dtype = torch.promote_types(dtype or like.dtype, torch.float32)
         shape = (batch_size, self.num_heads, self.head_dim, self.head_dim + 1)
-        return RecurrentState(torch.zeros(shape, device=device or like.device, dtype=dtype))
+        return RecurrentState(zero_state(self.q_proj.weight, shape, device, dtype))
 
     def state_numel(self, tokens: int) -> int:  # noqa: ARG002 (the state has one size)
         return self.num_heads * self.head_dim * (self.head_dim + 1)

@@ -4,7 +4,13 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
+import torch
 from torch import Tensor
+
+
+def zero_state(like: Tensor, shape: tuple[int, ...], device: torch.device | str | None, dtype: torch.dtype | None) -> Tensor:
+    """What a recurrence has before the first token: zeros in at least float32; device and dtype are `like`'s where they are None."""
+    return torch.zeros(shape, device=device or like.device, dtype=torch.promote_types(dtype or like.dtype, torch.float32))
 
 
 class DeltaState(NamedTuple):
