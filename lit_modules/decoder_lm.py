@@ -137,9 +137,7 @@ class DecoderLM(nn.Module):
         with torch.no_grad():
             self.embedding.weight.mul_(self.settings["init_std"])  # torch draws embeddings from N(0, 1)
 
-    def forward(
-        self, tokens_BT: Tensor, state: LMState | None = None, *, cu_seqlens: Tensor | None = None
-    ) -> tuple[Tensor, LMState | None]:
+    def forward(self, tokens_BT: Tensor, state: LMState | None = None, *, cu_seqlens: Tensor | None = None) -> tuple[Tensor, LMState | None]:
         """Logits [B, T, V] for the token behind each of `tokens_BT`, and the new state (None if `state` is None).
 
         `cu_seqlens` [N+1]: the row (B = 1) holds N packed documents; nothing crosses a boundary, and `state` has N entries.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import csv
 import re
 import shutil
 import subprocess
@@ -153,7 +154,8 @@ PYTHON_FILES = [*FILES, *sorted((ROOT / "tests").rglob("*.py"))]
 
 @pytest.mark.parametrize("path", PYTHON_FILES, ids=relative)
 def test_files_are_short(path: Path) -> None:
-    assert len(path.read_text().splitlines()) <= 400
+    lines = path.read_text().count("\n")
+    assert lines <= 400
 
 
 @pytest.mark.parametrize("path", FILES, ids=relative)
@@ -164,6 +166,17 @@ def test_forbidden_words(path: Path) -> None:
     assert not bare, "name the exception"
     if relative(path).startswith(("kernels/", "mixers/")):
         assert not re.search(r"os\.environ|getenv", source), "an environment variable must not change a result"
+
+
+def test_the_chunkwise_reference_is_ten_times_as_fast_as_the_recurrent_one() -> None:
+    """In the committed table of tests/bench_reference.py, forward and backward."""
+    with (ROOT / "docs/benchmarks/reference_cpu.csv").open() as table:
+        rows = list(csv.DictReader(table))
+    times = {(row["what"], row["impl"]): float(row["fwd_bwd_ms"]) for row in rows}
+    assert {what for what, _ in times} == {"gdn2", "kda", "gdn", "deltanet", "gla"}
+    for what in {what for what, _ in times}:
+        assert times[what, "chunkwise"] * 10 <= times[what, "recurrent"], what
+    assert all(row["gpu"] and row["torch"] and row["commit"] and row["date"] and int(row["tokens"]) >= 1024 for row in rows)
 
 
 # --- the wheel ---
