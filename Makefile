@@ -7,8 +7,9 @@ BIN := .venv/bin
 quickstart: .venv/installed
 	$(BIN)/python -m recipes fit --config quickstart
 
+# one process a core with one thread each: torch's threads wait for each other by spinning
 test: lint
-	$(BIN)/python -m pytest --durations=15
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --durations=15
 
 lint: .venv/installed-dev
 	$(BIN)/ruff check .
