@@ -188,6 +188,8 @@ class DecoderLM(nn.Module):
             stop: a token number that ends the text (it is not yielded).
             generator: source of randomness, on the model's device; None: torch's.
         """
+        if max_new_tokens < 0:
+            raise ConfigError(f"max_new_tokens: must be >= 0, got {max_new_tokens}")
         if prompt_T.ndim != 1 or prompt_T.numel() == 0:
             raise ValueError(f"generate: the prompt must have shape [T] with T >= 1, got {list(prompt_T.shape)}")
         state: LMState | None = self.init_state(1, max_tokens=prompt_T.numel() + max_new_tokens)
@@ -239,11 +241,12 @@ def cycle_layout(layout: list[str], n_layers: int) -> list[str]:
 
 def sample(logits_BV: Tensor, sampling: Sampling, generator: torch.Generator | None = None) -> Tensor:
     """Token numbers [B] drawn from softmax(logits / temperature), cut to the top-p set."""
-    if sampling.temperature < 0 or not 0 < sampling.top_p <= 1:
-        raise ConfigError(f"sampling: temperature must be >= 0 and top_p in (0, 1], got {sampling.temperature} and {sampling.top_p}")
+    if not 0 <= sampling.temperature < float("inf") or not 0 < sampling.top_p <= 1:
+        raise ConfigError(f"sampling: temperature must be finite and >= 0 and top_p in (0, 1], got {sampling.temperature} and {sampling.top_p}")
     if sampling.temperature == 0:
         return logits_BV.argmax(-1)
-    ordered, index = (logits_BV.float() / sampling.temperature).softmax(-1).sort(-1, descending=True)
+    # float64, and the largest logit at 0: no temperature then overflows
+    ordered, index = ((logits_BV.double() - logits_BV.amax(-1, keepdim=True)) / sampling.temperature).softmax(-1).sort(-1, descending=True)
     # a token stays if those before it hold less than top_p: the first always does
     kept = ordered * (ordered.cumsum(-1) - ordered < sampling.top_p)
     return index.gather(-1, torch.multinomial(kept, 1, generator=generator)).squeeze(-1)

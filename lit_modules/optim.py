@@ -15,6 +15,7 @@ from torch.distributed.tensor import DTensor
 from torch.nn.utils import get_total_norm
 
 from lit_modules.decoder_lm import DecoderLM
+from mixers.errors import ConfigError
 
 
 def cosine_lr(tokens: float, *, peak: float, warmup_tokens: int, max_tokens: int, final_ratio: float) -> float:
@@ -111,7 +112,12 @@ def scale_and_clip(parameters: Iterable[nn.Parameter], factor: float, *, max_nor
 
     Returns:
         The norm behind scaling and before clipping. If it is not finite, the gradients are left as they were.
+
+    Raises:
+        ConfigError: a bound below 0, which would turn the gradients around.
     """
+    if not (max_norm or 0) >= 0 or not (max_value or 0) >= 0:
+        raise ConfigError(f"trainer.gradient_clip_val: must be >= 0, got {max_norm if max_value is None else max_value}")
     grads = _by_mesh(p.grad for p in parameters if p.grad is not None)
     norm = factor * _total_norm(grads)
     if not math.isfinite(norm):

@@ -53,7 +53,7 @@ def find(name: str, *, key: str = "layout") -> Source:
     if name in sources:
         return sources[name]
     if "." not in name:
-        raise unknown(key, "mixer", name, [*sources, "a dotted path such as my_pkg.MyMixer"])
+        raise unknown(key, "mixer", name, [*sources, "a dotted path such as my_pkg.MyMixer", "an alias: a name in mixers with the key mixer"])
     module, _, cls = name.rpartition(".")
     return Source(f"{module}:{cls}", {}, "dotted path")
 
@@ -67,6 +67,8 @@ def load(source: Source, *, key: str) -> type[SequenceMixer[Any]]:
         raise ConfigError(f"{key}: cannot import {source.target.replace(':', '.')} ({source.origin}): {error}") from error
     if not (inspect.isclass(cls) and issubclass(cls, SequenceMixer)):
         raise ConfigError(f"{key}: {source.target.replace(':', '.')} is not a mixers.base.SequenceMixer")
+    if inspect.isabstract(cls):
+        raise ConfigError(f"{key}: {source.target.replace(':', '.')} is abstract (it lacks {', '.join(sorted(cls.__abstractmethods__))})")
     return cls
 
 
@@ -86,17 +88,27 @@ def resolve(name: str, settings: Mapping[str, Settings], *, key: str = "layout")
     Raises:
         ConfigError: unknown mixer or setting, or a value of the wrong type.
     """
-    own = dict(settings.get(name) or {})
+    own = _entry(settings, name)
     base = own.pop("mixer", None)
     if base is None:
         source = find(name, key=key)
         cls = load(source, key=f"{key} {name}")
-        return cls, _checked(cls, {**source.preset, **own}, f"mixers.{name}")
-    if not isinstance(base, str) or "mixer" in (settings.get(base) or {}):
+        return cls, _checked(cls, {**source.preset, **own}, f"mixers.{name}", source.preset)
+    if name in available():
+        raise ConfigError(f"mixers.{name}.mixer: an alias cannot take the name of a mixer")
+    if not isinstance(base, str) or "mixer" in _entry(settings, base):
         raise ConfigError(f"mixers.{name}.mixer: must name a mixer, not {'an alias' if isinstance(base, str) else type(base).__name__}")
     source = find(base, key=f"mixers.{name}.mixer")
     cls = load(source, key=f"mixers.{name}.mixer")
-    return cls, _checked(cls, {**source.preset, **(settings.get(base) or {}), **own}, f"mixers.{name}")
+    return cls, _checked(cls, {**source.preset, **_entry(settings, base), **own}, f"mixers.{name}", source.preset)
+
+
+def _entry(settings: Mapping[str, Settings], name: str) -> dict[str, Any]:
+    """The settings that stand under `name`; none if it is not there."""
+    entry = settings.get(name)
+    if entry is not None and not isinstance(entry, Mapping):
+        raise ConfigError(f"mixers.{name}: must be a mapping of settings, got {entry!r}")
+    return dict(entry or {})
 
 
 def build(name: str, d_model: int, settings: Mapping[str, Settings]) -> SequenceMixer[Any]:
@@ -115,11 +127,11 @@ def build(name: str, d_model: int, settings: Mapping[str, Settings]) -> Sequence
 def check_unused(settings: Mapping[str, Settings], used: set[str]) -> None:
     """ConfigError for an entry of `settings` that could not be used; dotted paths that no layout names are not imported."""
     for name in settings:
-        if name not in used and ("." not in name or "mixer" in (settings[name] or {})):
+        if name not in used and ("." not in name or "mixer" in _entry(settings, name)):
             resolve(name, settings, key="mixers")
 
 
-def _checked(cls: type[SequenceMixer[Any]], settings: dict[str, Any], key: str) -> dict[str, Any]:
+def _checked(cls: type[SequenceMixer[Any]], settings: dict[str, Any], key: str, preset: Settings) -> dict[str, Any]:
     """`settings` with values of the declared types; ConfigError naming `key` and the setting."""
     from jsonargparse import ArgumentError, ArgumentParser
 
@@ -129,7 +141,8 @@ def _checked(cls: type[SequenceMixer[Any]], settings: dict[str, Any], key: str) 
             raise unknown(f"{key}.{name}", "setting", name, legal)
     hints = get_type_hints(cls.__init__)
     for name, parameter in legal.items():
-        if name in settings and settings[name] is None and type(None) not in get_args(hints[name]):
+        needs_value = name in preset or type(None) not in get_args(hints[name])
+        if name in settings and settings[name] is None and needs_value:
             raise ConfigError(f"{key}.{name}: must not be null")
         if parameter.default is parameter.empty and name not in settings:
             raise ConfigError(f"{key}.{name}: must be set, {cls.__name__} has no default for it")

@@ -137,16 +137,29 @@ def test_decay_gate_survives_extremes() -> None:
     assert g.isfinite().all()
 
 
+DELTA_RULE = 3 * 4 * 8 * 5  # S'^T e, k r^T, S^T q: a multiply-add per number of the state
+
+
 @pytest.mark.parametrize(
-    ("name", "rule"), [("gdn2", 3 * 4 * 8 * 5), ("kda", 3 * 4 * 8 * 5), ("gla", 2 * 2 * 8 * 5), ("linear_attention", 2 * 2 * 8 * 9)]
+    ("name", "rule"),
+    [(name, DELTA_RULE) for name in ("gdn2", "kda", "gdn", "deltanet")] + [("gla", 2 * 2 * 8 * 5), ("linear_attention", 2 * 2 * 8 * 9)],
 )
 def test_flops_of_the_recurrence(name: str, rule: int) -> None:
     sizes = {"num_heads": 2, "head_dim": 8}
-    sizes |= {"num_v_heads": 4, "v_head_dim": 5} if name in ("gdn2", "kda") else {"v_head_dim": 5} if name == "gla" else {}
+    sizes |= {"num_v_heads": 4, "v_head_dim": 5} if rule == DELTA_RULE else {"v_head_dim": 5} if name == "gla" else {}
     mixer = built(name, **sizes)
     linear = sum(m.in_features * m.out_features for m in mixer.modules() if isinstance(m, Linear))
     conv = mixer.conv.weight.numel() if hasattr(mixer, "conv") else 0
     assert mixer.flops(10) == 2 * 10 * (linear + conv + rule)
+
+
+@pytest.mark.parametrize(("name", "window"), [("attention", None), ("swa", 4)])
+def test_flops_of_attention(name: str, window: int | None) -> None:
+    """q k^T and p v for every pair that the mask lets through, counted one by one."""
+    mixer = built(name, num_heads=4, num_kv_heads=2, head_dim=6, **({} if window is None else {"window": window}))
+    pairs = sum(min(t + 1, window or 10) for t in range(10))
+    linear = sum(m.in_features * m.out_features for m in mixer.modules() if isinstance(m, Linear))
+    assert mixer.flops(10) == 2 * (10 * linear + pairs * 4 * 6 * 2)
 
 
 def test_gla_against_its_equation() -> None:

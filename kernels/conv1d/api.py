@@ -56,7 +56,7 @@ def causal_conv1d(
         check_cu_seqlens(cu_seqlens, x.shape[1], op="causal_conv1d")
         sequences = cu_seqlens.numel() - 1
     if state is not None:
-        _check_state(state, sequences, weight, x)
+        _check_state("causal_conv1d", state, sequences, weight, x)
     backends.resolve("causal_conv1d", backend, x.device)
     with torch.autocast(x.device.type, enabled=False):
         y, new_state = reference.convolve(x, weight, bias, state, cu_seqlens)
@@ -76,7 +76,7 @@ def causal_conv1d_step(
 ) -> tuple[Tensor, Tensor]:
     """One token of `causal_conv1d`: x [B, D], state [B, W-1, D] -> y [B, D] and the new state; `state` itself is not changed."""
     _check(x, weight, bias, activation, norm_size, norm_channels, ndim=2)
-    _check_state(state, x.shape[0], weight, x)
+    _check_state("causal_conv1d_step", state, x.shape[0], weight, x)
     backends.resolve("causal_conv1d_step", backend, x.device)
     with torch.autocast(x.device.type, enabled=False):
         y, new_state = reference.step(x, weight, bias, state)
@@ -116,9 +116,11 @@ def _check(
             raise ValueError(f"{op}: {name} is on {t.device}, x on {x.device}")
 
 
-def _check_state(state: Tensor, sequences: int, weight: Tensor, x: Tensor) -> None:
+def _check_state(op: str, state: Tensor, sequences: int, weight: Tensor, x: Tensor) -> None:
     expected = (sequences, weight.shape[1] - 1, x.shape[-1])
     if tuple(state.shape) != expected:
-        raise ValueError(f"causal_conv1d: state must have shape [N, W-1, D] = {list(expected)}, got {list(state.shape)}")
+        raise ValueError(f"{op}: state must have shape [N, W-1, D] = {list(expected)}, got {list(state.shape)}")
+    if not state.is_floating_point():
+        raise TypeError(f"{op}: state must be floating, got {state.dtype}")
     if state.device != x.device:
-        raise ValueError(f"causal_conv1d: state is on {state.device}, x on {x.device}")
+        raise ValueError(f"{op}: state is on {state.device}, x on {x.device}")

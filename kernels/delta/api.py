@@ -56,7 +56,7 @@ def delta_rule(
         check_cu_seqlens(cu_seqlens, q.shape[1], op="delta_rule")
         sequences = cu_seqlens.numel() - 1
     if state is not None:
-        _check_state(state, sequences, k, v)
+        _check_state("delta_rule", state, sequences, k, v)
     backends.resolve("delta_rule", backend, q.device)
     with torch.autocast(q.device.type, enabled=False):
         return reference.chunkwise(q, k, v, g, b, w, scale=scale, state=state, cu_seqlens=cu_seqlens)
@@ -79,7 +79,7 @@ def delta_rule_step(
     Returns o [B, HV, V] in v's dtype and the new state; `state` itself is not changed. Raises as `delta_rule`.
     """
     _check(q, k, v, g, b, w, axes="B H")
-    _check_state(state, q.shape[0], k, v)
+    _check_state("delta_rule_step", state, q.shape[0], k, v)
     backends.resolve("delta_rule_step", backend, q.device)
     dtype, heads = reference.accumulator_dtype(v), v.shape[-2]
     scale = q.shape[-1] ** -0.5 if scale is None else scale
@@ -122,8 +122,10 @@ def _check(q: Tensor, k: Tensor, v: Tensor, g: Tensor | None, b: Tensor | None, 
 
 
 def _check_dtypes(op: str, q: Tensor, k: Tensor, v: Tensor, g: Tensor | None, b: Tensor | None, w: Tensor | None) -> None:
-    if not v.is_floating_point() or q.dtype != v.dtype or k.dtype != v.dtype:
-        raise TypeError(f"{op}: q, k and v must share one floating dtype, got {q.dtype}, {k.dtype}, {v.dtype}")
+    if v.dtype not in (torch.float64, torch.float32, torch.float16, torch.bfloat16) or q.dtype != v.dtype or k.dtype != v.dtype:
+        raise TypeError(
+            f"{op}: q, k and v must share one floating dtype, got {q.dtype}, {k.dtype}, {v.dtype} (legal: float64, float32, float16, bfloat16)"
+        )
     accumulator = reference.accumulator_dtype(v)
     if g is not None and g.dtype != accumulator:
         raise TypeError(f"{op}: g must be {accumulator} for {v.dtype} values, got {g.dtype}")
@@ -135,11 +137,11 @@ def _check_dtypes(op: str, q: Tensor, k: Tensor, v: Tensor, g: Tensor | None, b:
             raise ValueError(f"{op}: {name} is on {x.device}, q on {q.device}")
 
 
-def _check_state(state: Tensor, sequences: int, k: Tensor, v: Tensor) -> None:
+def _check_state(op: str, state: Tensor, sequences: int, k: Tensor, v: Tensor) -> None:
     expected = (sequences, v.shape[-2], k.shape[-1], v.shape[-1])
     if tuple(state.shape) != expected:
-        raise ValueError(f"delta_rule: state must have shape [N, HV, K, V] = {list(expected)}, got {list(state.shape)}")
+        raise ValueError(f"{op}: state must have shape [N, HV, K, V] = {list(expected)}, got {list(state.shape)}")
     if state.dtype != reference.accumulator_dtype(v):
-        raise TypeError(f"delta_rule: state must be {reference.accumulator_dtype(v)} for {v.dtype} values, got {state.dtype}")
+        raise TypeError(f"{op}: state must be {reference.accumulator_dtype(v)} for {v.dtype} values, got {state.dtype}")
     if state.device != v.device:
-        raise ValueError(f"delta_rule: state is on {state.device}, v on {v.device}")
+        raise ValueError(f"{op}: state is on {state.device}, v on {v.device}")
