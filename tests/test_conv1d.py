@@ -252,6 +252,7 @@ BAD: dict[str, tuple[type[Exception], dict[str, Any], str]] = {
     "bias on another device": (ValueError, {"bias": torch.ones(D, device="meta")}, r"bias is on meta, x on cpu"),
     "state of one sequence": (ValueError, {"state": torch.zeros(1, 3, D)}, r"state must have shape \[N, W-1, D\] = \[2, 3, 12\], got \[1, 3, 12\]"),
     "state of W inputs": (ValueError, {"state": torch.zeros(2, 4, D)}, r"state must have shape"),
+    "state of integers": (TypeError, {"state": torch.zeros(2, 3, D, dtype=torch.int32)}, r"state must be floating, got torch.int32"),
     "state on another device": (ValueError, {"state": torch.zeros(2, 3, D, device="meta")}, r"state is on meta, x on cpu"),
     "cu_seqlens with a batch": (ValueError, {"cu_seqlens": torch.tensor([0, 6])}, r"packed sequences \(cu_seqlens\) need B = 1, got B = 2"),
     "cu_seqlens not to T": (ValueError, {"x": X[:1], "cu_seqlens": torch.tensor([0, 5])}, r"cu_seqlens must start at 0 and end at T = 6"),

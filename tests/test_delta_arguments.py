@@ -188,7 +188,7 @@ def test_every_message_is_met() -> None:
         with pytest.raises((ValueError, TypeError)) as caught:
             function(**arguments)
         met.append(str(caught.value))
-    raised = re.findall(r"raise \w+\(f\"(.*?)\"\)", inspect.getsource(api))
+    raised = re.findall(r"raise \w+\(\s*f\"(.*?)\"\s*\)", inspect.getsource(api))
     assert len(raised) == inspect.getsource(api).count("raise ")
     for template in raised:
         pattern = re.sub(r"\\\{.*?\\\}", ".*", re.escape(re.sub(r"\{(?:[^{}\[\]]|\[[^\]]*\])*\}", "{}", template)))
