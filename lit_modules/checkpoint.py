@@ -19,6 +19,13 @@ from mixers.errors import ConfigError
 FORMAT = 1
 HEADER = "lightning_mixers"  # the key of {"format": FORMAT, "tokens": tokens seen in training}
 SETTINGS = "lm"  # the key of the model's settings
+PREFIX = "lm."  # of its tensors' names
+TYPES: dict[str, type | tuple[type, ...]] = {
+    **dict.fromkeys(("vocab_size", "d_model", "n_layers", "mlp_width", "seed"), int),
+    **dict.fromkeys(("norm_eps", "init_std"), (int, float)),
+    "layout": list,
+    "mixers": dict,
+}
 
 
 def write_header(checkpoint: dict[str, Any], lm: DecoderLM, tokens: int) -> None:
@@ -35,15 +42,43 @@ def read_header(checkpoint: Mapping[str, Any], source: str) -> tuple[dict[str, A
         source: what errors call it, such as its path.
 
     Raises:
-        ConfigError: a key is missing, or a later version of this project wrote it.
+        ConfigError: a key is missing or of a wrong type, or a later version of this project wrote it.
     """
     for key in (HEADER, SETTINGS, "state_dict"):
         if not isinstance(checkpoint.get(key), dict):
             raise ConfigError(f"{source}: is not a checkpoint of lightning-mixers (it has no key {key!r})")
     header, settings = checkpoint[HEADER], checkpoint[SETTINGS]
+    for key in ("format", "tokens"):
+        if not isinstance(header.get(key), int) or header[key] < 0:
+            raise ConfigError(f"{source}: is damaged: {HEADER}.{key} must be a number, got {header.get(key)!r}")
     if header["format"] > FORMAT:
         raise ConfigError(f"{source}: has format {header['format']}, this version reads up to {FORMAT}: update lightning-mixers")
-    return settings, int(header["tokens"])
+    _check_settings(settings, source)
+    return settings, header["tokens"]
+
+
+def _check_settings(settings: Mapping[str, Any], source: str) -> None:
+    legal = inspect.signature(DecoderLM).parameters
+    for key in [*(legal.keys() - settings.keys()), *(settings.keys() - legal.keys())]:
+        if key not in legal or legal[key].default is inspect.Parameter.empty:
+            raise ConfigError(f"{source}: the setting lm.{key} is {'unknown' if key in settings else 'missing'}")
+    for key, value in settings.items():
+        nested, inner = (value, str) if key == "layout" else (value.values(), dict) if isinstance(value, dict) else ((), object)
+        if not isinstance(value, TYPES[key]) or not all(isinstance(entry, inner) for entry in nested):
+            raise ConfigError(f"{source}: is damaged: the setting lm.{key} is {value!r}")
+
+
+def check_tensors(state: Mapping[str, Any], lm: DecoderLM, source: str) -> None:
+    """Raises ConfigError, naming the first difference, unless a checkpoint's tensors have the names and shapes of those of `lm`."""
+    own = {f"{PREFIX}{name}": value.shape for name, value in lm.state_dict().items()}
+    for name, shape in own.items():
+        if not isinstance(state.get(name), torch.Tensor):
+            raise ConfigError(f"{source}: is damaged: it has no tensor {name}")
+        if state[name].shape != shape:
+            raise ConfigError(f"{source}: is damaged: {name} has the shape {list(state[name].shape)}, the model needs {list(shape)}")
+    for name in state:
+        if name not in own:
+            raise ConfigError(f"{source}: has the tensor {name}, which the model has not")
 
 
 def check_same_model(saved: Mapping[str, Any], own: Mapping[str, Any], source: str) -> None:
@@ -101,17 +136,13 @@ def load_lm(path: str | Path, device: torch.device | str = "cpu") -> DecoderLM:
     """
     checkpoint = read_checkpoint(path)
     settings, _ = read_header(checkpoint, str(path))
-    legal = inspect.signature(DecoderLM).parameters
-    for key in [*(legal.keys() - settings.keys()), *(settings.keys() - legal.keys())]:
-        if key not in legal or legal[key].default is inspect.Parameter.empty:
-            raise ConfigError(f"{path}: the setting lm.{key} is {'unknown' if key in settings else 'missing'}")
     try:
         with torch.device("meta"):
             lm = DecoderLM(**settings)
     except ConfigError as error:
         raise ConfigError(f"{path}: {error}") from error
-    prefix = "lm."
-    state = {name.removeprefix(prefix): value.to(device, copy=True) for name, value in checkpoint["state_dict"].items() if name.startswith(prefix)}
+    tensors = {name: value for name, value in checkpoint["state_dict"].items() if isinstance(value, torch.Tensor)}
+    state = {name.removeprefix(PREFIX): value.to(device, copy=True) for name, value in tensors.items() if name.startswith(PREFIX)}
     try:
         lm.load_state_dict(state, assign=True)
     except RuntimeError as error:

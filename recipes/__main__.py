@@ -49,6 +49,12 @@ def find_command(name: str) -> Callable[[list[str]], int]:
     return run
 
 
+def interrupted() -> int:
+    """Says so; the exit code of a command that Ctrl-C has stopped."""
+    print("interrupted", file=sys.stderr)
+    return 130
+
+
 def main(argv: list[str] | None = None) -> int:
     """Runs a command line (without the program's name) and returns its exit code: 2 for what the user can mend, said in one line."""
     arguments = sys.argv[1:] if argv is None else argv
@@ -65,10 +71,17 @@ def main(argv: list[str] | None = None) -> int:
     except ConfigError as error:
         print("error:", " ".join(str(error).split()), file=sys.stderr)
         return 2
+    except FloatingPointError as error:  # the training has diverged
+        print("error:", " ".join(str(error).split()), file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        return interrupted()
     except BrokenPipeError:  # who read the output has had enough (head, less); Python would complain when it flushes at exit
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
     except SystemExit as stop:  # --help and --print_config of a subcommand
+        if isinstance(stop.__context__, KeyboardInterrupt):  # Lightning's, after Ctrl-C
+            return interrupted()
         return stop.code if isinstance(stop.code, int) else int(stop.code is not None)
 
 

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import signal
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import lightning.pytorch  # noqa: F401 (at once: it logs to what is stderr when it is imported, and a test's is closed after the test)
 import pytest
@@ -11,11 +13,12 @@ import torch
 import yaml
 from lit_cases import one_thread  # noqa: F401
 
-from recipes.__main__ import main
+from mixers.errors import ConfigError
+from recipes.__main__ import find_command, main
 
 Run = Callable[..., str]
 
-CONFIG = {
+CONFIG: dict[str, Any] = {
     "model": {
         "lm": {
             "vocab_size": 257,
@@ -97,6 +100,17 @@ CASES = {
     "checkpoint settings at odds": (["--checkpoint.every_n_train_steps=1", "--checkpoint.every_n_epochs=1"], ["every_n_train_steps"]),
     "tokenizer missing": (["--data.tokenizer=none.model"], ["data.tokenizer", "none.model", "does not exist"]),
     "sequence length 0": (["--data.seq_len=0"], ["data.seq_len", "at least 1"]),
+    "monitor": (["--checkpoint.monitor=val/los"], ["checkpoint.monitor", "did you mean 'val/loss'"]),
+    "clipping at -1": (["--trainer.gradient_clip_val=-1"], ["trainer.gradient_clip_val", "-1"]),
+    "clipping at NaN": (["--trainer.gradient_clip_val=.nan"], ["trainer.gradient_clip_val", "nan"]),
+    "initial values 0": ([f"{LM}init_std=0"], ["model.lm.init_std", "> 0"]),
+    "initial values infinite": ([f"{LM}init_std=.inf"], ["model.lm.init_std", "inf"]),
+    "validation every 0 steps": (["--trainer.val_check_interval=0"], ["trainer.val_check_interval", "0"]),
+    "steps -2": (["--trainer.max_steps=-2"], ["trainer.max_steps", "-2"]),
+    "devices": (["--trainer.devices=foo"], ["trainer.devices", "foo"]),
+    "seed": (["--seed_everything=-1"], ["seed_everything", "-1"]),
+    "large seed": (["--seed_everything=4294967296"], ["seed_everything", "4294967296"]),
+    "no trainer": (["--trainer=null"], ["trainer", "null"]),
 }
 
 
@@ -121,6 +135,12 @@ FILES = {
     "key twice": ("model:\n  lr: 1\n  lr: 2\n", ["bad.yaml", "line 3", "'lr' stands twice"]),
     "a list": ("- model", ["bad.yaml", "list"]),
     "empty": ("", ["bad.yaml", "must hold settings"]),
+    "trainer: null": ("trainer: null", ["trainer: must hold settings", "null"]),
+    "data: []": ("data: []", ["data: must hold settings", "[]"]),
+    "summary: 3": ("summary: 3", ["summary: must hold settings", "3"]),
+    "a date": ("model: {lr: 2026-01-02}", ["model.lr", "2026-01-02"]),
+    "an alias of what it is in": ("model: &m {lm: *m}", ["bad.yaml", "Circular"]),
+    "a set": ("data: {path: !!set {a}}", ["bad.yaml", "set"]),
     "a tag": ("model: !!python/object:os.system {}", ["bad.yaml", "not valid YAML"]),
 }
 
@@ -237,6 +257,96 @@ def test_checkpoint_of_another_size(checkpoint: Path, refused: Run) -> None:
     assert "model.lm.mixers.swa.window" in line
 
 
+HEADERS = {
+    "no format": ("lightning_mixers", {"tokens": 0}, "lightning_mixers.format"),
+    "no tokens": ("lightning_mixers", {"format": 1}, "lightning_mixers.tokens"),
+    "tokens that are none": ("lightning_mixers", {"format": 1, "tokens": "many"}, "'many'"),
+    "no layout": ("lm", {k: v for k, v in CONFIG["model"]["lm"].items() if k != "layout"}, "lm.layout is missing"),
+    "layout of numbers": ("lm", {**CONFIG["model"]["lm"], "layout": [1]}, "lm.layout is [1]"),
+    "size that is no number": ("lm", {**CONFIG["model"]["lm"], "d_model": "16"}, "lm.d_model is '16'"),
+}
+
+
+@pytest.mark.parametrize("case", HEADERS)
+def test_checkpoint_with_a_damaged_header(case: str, checkpoint: Path, refused: Run) -> None:
+    key, value, expected = HEADERS[case]
+    torch.save({**torch.load(checkpoint), key: value}, checkpoint)
+    for command in ("fit", "validate", "generate"):
+        line = refused(command, f"--ckpt_path={checkpoint}")
+        assert "model.ckpt" in line
+        assert expected in line
+
+
+def test_checkpoint_with_damaged_tensors(checkpoint: Path, refused: Run) -> None:
+    content = torch.load(checkpoint)
+    state = content["state_dict"]
+    first = next(iter(state))
+    for damaged, expected in (
+        ({name: value for name, value in state.items() if name != first}, f"it has no tensor {first}"),
+        ({**state, first: torch.zeros(2, 3)}, f"{first} has the shape [2, 3]"),
+        ({**state, "lm.more": torch.zeros(1)}, "has the tensor lm.more"),
+    ):
+        torch.save({**content, "state_dict": damaged}, checkpoint)
+        for command in ("fit", "validate"):
+            assert expected in refused(command, "--config=config.yaml", "--data.path=corpus.txt", f"--ckpt_path={checkpoint}")
+
+
+def test_checkpoint_that_training_cannot_go_on_from(checkpoint: Path, refused: Run) -> None:
+    arguments = ("--config=config.yaml", "--data.path=corpus.txt", f"--ckpt_path={checkpoint}")
+    content = torch.load(checkpoint)
+    for command in ("fit", "preflight"):
+        assert "has no optimizer_states" in refused(command, *arguments)
+    torch.save({**content, "lightning_mixers": {"format": 1, "tokens": 64}}, checkpoint)
+    for command in ("fit", "preflight"):
+        assert "already seen 64 of 64 tokens; raise model.max_tokens" in refused(command, *arguments)
+
+
+def test_precision_of_a_package_that_is_not_there(refused: Run) -> None:
+    line = refused("fit", "--config=config.yaml", "--data.path=corpus.txt", "--trainer.precision=transformer-engine")
+    assert "trainer: " in line
+
+
+@pytest.mark.parametrize("error", [KeyboardInterrupt, FloatingPointError, RuntimeError])
+def test_training_that_breaks_off_keeps_what_it_learned(error: type, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    from lit_modules.checkpoint import read_checkpoint
+    from lit_modules.lit_lm import LitLM
+
+    step = LitLM.training_step
+
+    def breaks(self: LitLM, batch: Any) -> torch.Tensor:
+        if self.trainer.global_step == 1:
+            raise error("loss is nan")
+        return step(self, batch)
+
+    monkeypatch.setattr(LitLM, "training_step", breaks)
+    handler = signal.getsignal(signal.SIGINT)  # Lightning ignores Ctrl-C from the first one on
+    arguments = ["fit", "--config=config.yaml", "--data.path=corpus.txt", "--data.val_path=corpus.txt"]
+    try:
+        if error is RuntimeError:
+            with pytest.raises(RuntimeError):
+                main(arguments)
+        else:
+            assert main(arguments) == {KeyboardInterrupt: 130, FloatingPointError: 1}[error]
+    finally:
+        signal.signal(signal.SIGINT, handler)
+    said = capsys.readouterr()
+    (last,) = Path("runs").glob("*/*/checkpoints/last.ckpt")
+    content = read_checkpoint(last)
+    assert (content["global_step"], content["lightning_mixers"]["tokens"]) == (1, 32)
+    assert "/checkpoints/last.ckpt (step 1)" in said.out
+    if error is not RuntimeError:
+        assert said.err.splitlines()[-1] == {KeyboardInterrupt: "interrupted", FloatingPointError: "error: loss is nan"}[error]
+
+
+@pytest.mark.parametrize("command", ["validate", "test", "predict"])
+def test_last_without_a_config_is_the_newest_of_all_runs(command: str) -> None:
+    folder = Path("runs/some/2026/checkpoints")
+    folder.mkdir(parents=True)
+    torch.save({"weights": 1}, folder / "last.ckpt")
+    with pytest.raises(ConfigError, match=r"runs/some/2026/checkpoints/last.ckpt: is not a checkpoint"):
+        find_command(command)(["--ckpt_path=last"])
+
+
 @pytest.mark.parametrize("command", ["validate", "test", "predict"])
 def test_evaluation_without_a_checkpoint(command: str, refused: Run) -> None:
     assert f"ckpt_path: must be set, {command} needs a trained model" in refused(command, "--config=config.yaml")
@@ -252,7 +362,13 @@ def test_generate_refuses(checkpoint: Path, refused: Run) -> None:
     assert "did you mean 'prompt'" in refused("generate", f"--ckpt_path={checkpoint}", "--promt", "x")
     assert "max_new_tokens" in refused("generate", f"--ckpt_path={checkpoint}", "--max_new_tokens=0")
     assert "temperature" in refused("generate", f"--ckpt_path={checkpoint}", "--temperature=-1", "--tokenizer=bytes")
-    assert "device" in refused("generate", f"--ckpt_path={checkpoint}", "--device=abacus")
+    for device in ("abacus", "meta", "cuda:99", "3.5", "cpu:x"):
+        assert "device" in refused("generate", f"--ckpt_path={checkpoint}", f"--device={device}")
+    for value in ("nan", "inf", "-inf"):
+        assert "temperature" in refused("generate", f"--ckpt_path={checkpoint}", f"--temperature={value}")
+    assert "top_p" in refused("generate", f"--ckpt_path={checkpoint}", "--top_p=nan")
+    for seed in (-1, 2**64):
+        assert "seed" in refused("generate", f"--ckpt_path={checkpoint}", f"--seed={seed}")
 
 
 def test_mixers_refuses(refused: Run) -> None:

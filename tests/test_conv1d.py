@@ -254,6 +254,7 @@ BAD: dict[str, tuple[type[Exception], dict[str, Any], str]] = {
     "state of W inputs": (ValueError, {"state": torch.zeros(2, 4, D)}, r"state must have shape"),
     "state of integers": (TypeError, {"state": torch.zeros(2, 3, D, dtype=torch.int32)}, r"state must be floating, got torch.int32"),
     "state on another device": (ValueError, {"state": torch.zeros(2, 3, D, device="meta")}, r"state is on meta, x on cpu"),
+    "integer state": (TypeError, {"state": torch.zeros(2, 3, D, dtype=torch.int64)}, r"state must be floating, got torch.int64"),
     "cu_seqlens with a batch": (ValueError, {"cu_seqlens": torch.tensor([0, 6])}, r"packed sequences \(cu_seqlens\) need B = 1, got B = 2"),
     "cu_seqlens not to T": (ValueError, {"x": X[:1], "cu_seqlens": torch.tensor([0, 5])}, r"cu_seqlens must start at 0 and end at T = 6"),
     "cu_seqlens floating": (TypeError, {"x": X[:1], "cu_seqlens": torch.tensor([0.0, 6.0])}, r"cu_seqlens must be int32 or int64"),
@@ -272,7 +273,7 @@ def test_bad_input_of_a_step() -> None:
     state = torch.zeros(2, 3, D)
     for error, changes, message in (
         (ValueError, {"x": X}, r"causal_conv1d_step: x must have 2 axes of at least 1 each, got shape \[2, 6, 12\]"),
-        (ValueError, {"state": state[:1]}, r"state must have shape \[N, W-1, D\] = \[2, 3, 12\]"),
+        (ValueError, {"state": state[:1]}, r"causal_conv1d_step: state must have shape \[N, W-1, D\] = \[2, 3, 12\]"),
         (NotImplementedError, {"backend": "triton"}, r"causal_conv1d_step: backend='triton' cannot run"),
     ):
         with pytest.raises(error, match=message):

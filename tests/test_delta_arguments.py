@@ -112,6 +112,10 @@ DTYPES: dict[str, tuple[Arguments, str]] = {
     "q of another dtype": (legal(q=torch.ones(B, T, H, K).bfloat16()), r"q, k and v must share one floating dtype, got torch.bfloat16"),
     "v of another dtype": (legal(v=torch.ones(B, T, HV, V).double()), r"q, k and v must share one floating dtype"),
     "integers": ({n: x.long() for n, x in legal().items()}, r"q, k and v must share one floating dtype, got torch.int64"),
+    "8 bits": (
+        {n: x if n in ("g", "state") else x.to(torch.float8_e4m3fn) for n, x in legal().items()},
+        r"q, k and v must share one floating dtype, got torch.float8_e4m3fn, .*\(legal: float64, float32, float16, bfloat16\)",
+    ),
     "g in half precision": (
         {n: x if n == "state" else x.bfloat16() for n, x in legal().items()},
         r"g must be torch.float32 for torch.bfloat16 values, got torch.bfloat16",
@@ -155,7 +159,7 @@ STEP: dict[str, tuple[Arguments, type[Exception], str]] = {
 
 @pytest.mark.parametrize(("arguments", "error", "message"), STEP.values(), ids=STEP.keys())
 def test_step(arguments: Arguments, error: type[Exception], message: str) -> None:
-    with pytest.raises(error, match=f"^delta_rule.*{message}"):
+    with pytest.raises(error, match=f"^delta_rule_step: {message}"):
         delta_rule_step(**arguments)
 
 

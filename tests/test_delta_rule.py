@@ -167,6 +167,20 @@ def test_ladder(model: str, function: Callable[..., tuple[Tensor, Tensor]], monk
             torch.testing.assert_close(final[n, head], S.T if transposed else S, rtol=0, atol=1e-12)
 
 
+@by_implementation
+@pytest.mark.parametrize("gate_heads", ["key", "value"])
+def test_grouped_value_heads(function: Callable[..., tuple[Tensor, Tensor]], gate_heads: str) -> None:
+    """Value head j reads key head j // (HV // H), with its own v and w; g and b on key heads are shared like q and k."""
+    groups = 3
+    arguments = make(FULL._replace(groups=groups, tokens=66, g_heads=gate_heads, b_heads=gate_heads)).arguments()
+    o, final = function(**arguments)
+    for j in range(HEADS * groups):
+        own = {name: j if x.shape[2] == HEADS * groups else j // groups for name, x in arguments.items() if name not in ("scale", "state")}
+        alone = {name: arguments[name][:, :, head : head + 1] for name, head in own.items()}
+        o_j, final_j = function(**alone, scale=arguments["scale"], state=arguments["state"][:, j : j + 1])
+        assert_close({"o": o[:, :, j : j + 1], "final": final[:, j : j + 1]}, {"o": o_j, "final": final_j}, FLOAT64)
+
+
 # --- causality and reproducibility: bitwise ---
 
 

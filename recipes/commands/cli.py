@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import json
-import os
 from pathlib import Path
 from typing import Any
 
-from jsonargparse import ArgumentError
+from jsonargparse import ArgumentError, Namespace
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
@@ -19,7 +18,7 @@ from lit_modules.data import PackedText
 from lit_modules.decoder_lm import DecoderLM
 from lit_modules.lit_lm import LitLM
 from mixers.errors import ConfigError
-from recipes.commands.config_files import LINKED, Request, merge
+from recipes.commands.config_files import LINKED, SECTIONS, Request, merge, not_settings
 from recipes.commands.parser_errors import explain
 from recipes.commands.plan import build_model
 from recipes.commands.quiet import hush
@@ -33,11 +32,45 @@ TRAINER_DEFAULTS = {
 
 
 class Checkpoint(ModelCheckpoint):
-    """A ModelCheckpoint whose last.ckpt is the end of the training; Lightning's may be as old as `every_n_train_steps` allows."""
+    """A ModelCheckpoint whose last.ckpt is the end of the training, however it ended; Lightning's may be as old as `every_n_train_steps` allows."""
+
+    _done: tuple[int, int] | None = None  # optimizer steps and tokens when this training began, or after its last whole batch
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        super().on_train_start(trainer, pl_module)
+        self._began = trainer.global_step
+        self._done = trainer.global_step, int(pl_module.tokens)  # type: ignore[arg-type]
+
+    def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int) -> None:
+        self._done = trainer.global_step, int(pl_module.tokens)  # type: ignore[arg-type]
+        super().on_train_batch_end(trainer, pl_module, outputs, batch, batch_idx)
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:  # noqa: ARG002
-        if self.save_last and self.dirpath and not getattr(trainer, "fast_dev_run", False):
-            trainer.save_checkpoint(os.path.join(self.dirpath, f"{self.CHECKPOINT_NAME_LAST}{self.FILE_EXTENSION}"), self.save_weights_only)
+        self._save_end(trainer)
+
+    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
+        """Saves what was learned, unless nothing was, or the weights are not finite and nobody asked to stop."""
+        super().on_exception(trainer, pl_module, exception)
+        if self._done is None or trainer.global_step <= self._began:
+            return
+        everywhere = isinstance(exception, (KeyboardInterrupt, FloatingPointError))  # on all ranks; saving waits for all of them
+        if trainer.world_size > 1 and not everywhere:
+            return
+        if not isinstance(exception, KeyboardInterrupt) and not all(p.isfinite().all() for p in pl_module.parameters()):
+            return
+        step, tokens = self._done
+        if step == trainer.global_step:  # the tokens of a step are counted before it is taken
+            pl_module.tokens = tokens  # type: ignore[assignment]
+        path = self._save_end(trainer)
+        if path is not None and trainer.is_global_zero:
+            print(f"checkpoint: {path} (step {trainer.global_step:,})", flush=True)
+
+    def _save_end(self, trainer: Trainer) -> Path | None:
+        if not self.save_last or not self.dirpath or getattr(trainer, "fast_dev_run", False):
+            return None
+        path = Path(self.dirpath) / f"{self.CHECKPOINT_NAME_LAST}{self.FILE_EXTENSION}"
+        trainer.save_checkpoint(path, self.save_weights_only)
+        return path
 
 
 def _on_meta(_: type[DecoderLM], **settings: Any) -> DecoderLM:
@@ -89,6 +122,12 @@ class MixersCLI(LightningCLI):
             self.config = parser.parse_args(args)
         except ArgumentError as error:
             raise explain(str(error), {action.dest for action in parser._actions} - {*LINKED}) from error
+        for section in SECTIONS:
+            if not isinstance(self.config[section], Namespace):
+                raise not_settings(section, self.config[section])
+        seed = self.config.seed_everything  # LightningCLI uses it next
+        if not 0 <= seed < 2**32:
+            raise ConfigError(f"seed_everything: must be in 0 .. 2**32 - 1, got {seed}")
 
     def instantiate_classes(self) -> None:
         """Nothing: LightningCLI would build everything as soon as it has parsed, but the config is checked first."""
@@ -106,7 +145,7 @@ class MixersCLI(LightningCLI):
             self.trainer = self.instantiate_trainer()
         except ConfigError:
             raise
-        except (MisconfigurationException, ValueError) as error:  # from Trainer and callbacks: settings that do not go together
+        except (MisconfigurationException, ValueError, ImportError) as error:  # from Trainer and callbacks: settings that do not go together
             raise ConfigError(f"trainer: {error}") from error
 
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:

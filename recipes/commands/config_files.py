@@ -21,6 +21,7 @@ from mixers.errors import ConfigError, unknown
 RECIPES = Path(__file__).parents[1]
 MIXERS = "model.lm.mixers"
 GROUPS = ("model", "model.lm")  # options whose value may hold `mixers`
+SECTIONS = ("model", "data", "trainer", "checkpoint", "summary")
 LINKED = ("model.lm.seed", "data.seed")  # both follow seed_everything
 
 
@@ -70,6 +71,9 @@ def _merged(files: list[Path], overrides: list[tuple[str, Any]]) -> dict[str, An
         config = merge(config, read_config(file))
     for key, value in overrides:
         config = merge(config, {"model": {"lm": {"mixers": _mixer_settings(key, value, config)}}})
+    for section in SECTIONS:
+        if not isinstance(config.get(section, {}), dict):
+            raise not_settings(section, config[section])
     mixers = dig(config, MIXERS)
     if isinstance(mixers, dict):
         mixers.update({name: {} for name, settings in mixers.items() if settings is None})  # null: the defaults
@@ -77,6 +81,11 @@ def _merged(files: list[Path], overrides: list[tuple[str, Any]]) -> dict[str, An
         if dig(config, key) is not None:
             raise ConfigError(f"{key}: follows seed_everything; set that instead")
     return config
+
+
+def not_settings(section: str, value: object) -> ConfigError:
+    """The error for a section of a config that is no mapping."""
+    return ConfigError(f"{section}: must hold settings (a mapping), got {json.dumps(value, default=str)[:80]}")
 
 
 def _options(argv: list[str]) -> Iterator[tuple[str, str]]:
@@ -195,15 +204,20 @@ class _Loader(yaml.SafeLoader):
 
 _Loader.add_implicit_resolver("tag:yaml.org,2002:float", _EXPONENT, list("-+0123456789"))
 _Loader.add_constructor("tag:yaml.org,2002:float", _Loader.construct_yaml_float)
+_Loader.add_constructor("tag:yaml.org,2002:timestamp", _Loader.construct_yaml_str)  # no setting is a date
 
 
 def parse_yaml(text: str, *, where: str) -> Any:
     """The value of a YAML text; ConfigError with line and column if it has none."""
     try:
-        return yaml.load(text, Loader=_Loader)
+        value = yaml.load(text, Loader=_Loader)
+        json.dumps(value)  # as the parser is given it
     except yaml.MarkedYAMLError as error:
         mark = error.problem_mark
         place = f" line {mark.line + 1}, column {mark.column + 1}" if mark else ""
         raise ConfigError(f"{where}{place}: not valid YAML: {error.problem or error.context}") from error
     except yaml.YAMLError as error:
         raise ConfigError(f"{where}: not valid YAML: {error}") from error
+    except (TypeError, ValueError, RecursionError) as error:  # a set, bytes; an alias of what it is in
+        raise ConfigError(f"{where}: holds what is no setting: {error}") from error
+    return value

@@ -39,7 +39,7 @@ def predict(argv: list[str]) -> int:
 
 
 def _prepare(command: str, argv: list[str]) -> tuple[MixersCLI, str]:
-    request, path = with_checkpoint(collect(argv))
+    request, path = with_checkpoint(collect(argv), any_run=True)
     if path is None:
         if {"-h", "--help", "--print_config"} & {token.partition("=")[0] for token in argv}:
             MixersCLI(command, request)  # exits
@@ -48,7 +48,7 @@ def _prepare(command: str, argv: list[str]) -> tuple[MixersCLI, str]:
     if not request.files and config is not None:
         request = request._replace(config=merge(read_config(config), request.config), files=[config])
     cli = MixersCLI(command, request)
-    check_model(path, make_plan(cli.config, needs_tokenizer=True).model.lm.settings)
+    check_model(path, make_plan(cli.config, needs_tokenizer=True).model.lm)
     cli.build()
     cli.datamodule.setup(command)  # see fit
     return cli, str(path)

@@ -11,7 +11,7 @@ from lightning.fabric.utilities.rank_zero import rank_zero_only
 from lit_modules.loss_curve import short_number
 from mixers.errors import ConfigError
 from recipes.commands import sizes
-from recipes.commands.checkpoints import check_model, with_checkpoint
+from recipes.commands.checkpoints import check_model, check_resumable, with_checkpoint
 from recipes.commands.cli import MixersCLI
 from recipes.commands.config_files import collect
 from recipes.commands.plan import Plan, make_plan
@@ -24,13 +24,14 @@ def run(argv: list[str]) -> int:
     cli = MixersCLI("fit", request)
     plan = make_plan(cli.config, needs_tokenizer=True)
     if checkpoint is not None:
-        check_model(checkpoint, plan.model.lm.settings)
+        check_model(checkpoint, plan.model.lm)
+        check_resumable(checkpoint, plan.model.max_tokens)
         cli.config["ckpt_path"] = str(checkpoint)
     folder = None if cli.config.trainer.fast_dev_run else _run_folder(cli)
     try:
         cli.build(folder)
         cli.datamodule.setup("fit")  # here, because Trainer hides its errors behind one of its own while the model is on the meta device
-    except ConfigError:
+    except BaseException:
         if folder is not None and _is_main_process():
             shutil.rmtree(folder, ignore_errors=True)
         raise

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import sys
 from pathlib import Path
 
@@ -21,6 +22,9 @@ def run(argv: list[str]) -> int:
     """Prints the prompt and its continuation, up to the end of the document or `max_new_tokens`."""
     given = _parser().parse_args(argv)
     at_least_one(max_new_tokens=given.max_new_tokens)
+    _in_range("temperature", given.temperature, 0 <= given.temperature < math.inf, "a number >= 0")
+    _in_range("top_p", given.top_p, 0 < given.top_p <= 1, "in (0, 1]")
+    _in_range("seed", given.seed, 0 <= given.seed < 2**64, "in 0 .. 2**64 - 1")
     path = find_checkpoint(given.ckpt_path, *Path("runs").glob("*"))
     lm = load_lm(path, _device(given.device))
     tokenizer = _tokenizer(path, given.tokenizer)
@@ -42,6 +46,11 @@ def run(argv: list[str]) -> int:
         _show(decode(token))
     _show(decode.flush() + "\n")
     return 0
+
+
+def _in_range(name: str, value: float, holds: bool, legal: str) -> None:
+    if not holds:
+        raise ConfigError(f"{name}: must be {legal}, got {value}")
 
 
 def _show(text: str) -> None:
@@ -69,8 +78,10 @@ def _device(name: str | None) -> torch.device:
     try:
         device = torch.device(name or ("cuda" if torch.cuda.is_available() else "cpu"))
         torch.empty(0, device=device)
-    except (RuntimeError, AssertionError) as error:  # an AssertionError where torch was built without CUDA
+    except (RuntimeError, AssertionError, ImportError) as error:  # an AssertionError where torch was built without CUDA
         raise ConfigError(f"device: {name} cannot be used: {str(error).splitlines()[0]}") from error
+    if device.type == "meta":
+        raise ConfigError("device: meta holds no values")
     return device
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+import re
 from typing import Any, NamedTuple
 
 import torch
@@ -12,8 +14,13 @@ from lit_modules.data.tokenizer import load_tokenizer
 from lit_modules.decoder_lm import DecoderLM
 from lit_modules.lit_lm import LitLM
 from mixers.base import at_least_one
-from mixers.errors import ConfigError
+from mixers.errors import ConfigError, unknown
 from recipes.commands.parser_errors import readable
+
+METRICS = (
+    *("train/loss", "train/bpb", "train/grad_norm", "lr", "tokens", "tokens_per_second", "val/loss", "val/perplexity", "val/bpb"),
+    *("epoch", "step"),  # Lightning's
+)
 
 
 class Plan(NamedTuple):
@@ -62,6 +69,8 @@ def make_plan(config: Namespace, *, needs_tokenizer: bool) -> Plan:
     Raises:
         ConfigError: a setting that cannot be used.
     """
+    _check_numbers(config)
+    _check_monitor(config)
     trainer, model, data = config.trainer, config.model.as_dict(), config.data.as_dict()
     lm = build_model(**model.pop("lm"))
     notes = _check_vocabulary(lm, data.pop("tokenizer"), needs_tokenizer)
@@ -75,6 +84,34 @@ def make_plan(config: Namespace, *, needs_tokenizer: bool) -> Plan:
         max_steps=trainer.max_steps,
         notes=notes,
     )
+
+
+def _check_numbers(config: Namespace) -> None:
+    """ConfigError for what Lightning and torch would refuse late, in many lines or not at all."""
+    trainer, std = config.trainer, config.model.lm.init_std
+    clip, interval = trainer.gradient_clip_val, trainer.val_check_interval
+    numbers = int, float
+    for key, value, holds, legal in (
+        ("model.lm.init_std", std, 0 < std < math.inf, "a number > 0"),
+        ("trainer.gradient_clip_val", clip, clip is None or 0 <= clip < math.inf, "null or a number >= 0"),
+        ("trainer.val_check_interval", interval, not isinstance(interval, numbers) or 0 < interval < math.inf, "null or > 0"),
+        ("trainer.max_steps", trainer.max_steps, trainer.max_steps >= -1, "-1 (no limit) or a number of steps"),
+        ("trainer.devices", trainer.devices, _is_devices(trainer.devices), "auto, -1, a number of devices or their indices"),
+    ):
+        if not holds:
+            raise ConfigError(f"{key}: must be {legal}, got {value}")
+
+
+def _is_devices(devices: int | str | list[int]) -> bool:
+    if isinstance(devices, list):
+        return bool(devices) and all(index >= 0 for index in devices)
+    return bool(re.fullmatch(r"auto|-1|[1-9]\d*|\d+( *, *\d+)* *,|\d+( *, *\d+)+", str(devices).strip()))
+
+
+def _check_monitor(config: Namespace) -> None:
+    monitor = config.checkpoint.monitor
+    if monitor is not None and monitor not in METRICS and not config.trainer.callbacks:  # callbacks may log others
+        raise unknown("checkpoint.monitor", "metric", monitor, METRICS)
 
 
 def _check_vocabulary(lm: DecoderLM, tokenizer: str, needed: bool) -> list[str]:

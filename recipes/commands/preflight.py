@@ -12,7 +12,7 @@ from lit_modules.decoder_lm import DecoderLM
 from lit_modules.loss_curve import short_number
 from lit_modules.optim import describe_groups, group_table, optimizer_groups
 from recipes.commands import sizes
-from recipes.commands.checkpoints import check_model, with_checkpoint
+from recipes.commands.checkpoints import check_model, check_resumable, with_checkpoint
 from recipes.commands.cli import MixersCLI
 from recipes.commands.config_files import collect
 from recipes.commands.plan import Plan, make_plan
@@ -23,7 +23,8 @@ def run(argv: list[str]) -> int:
     request, checkpoint = with_checkpoint(collect(argv))
     plan = make_plan(MixersCLI("preflight", request).config, needs_tokenizer=False)
     if checkpoint is not None:
-        check_model(checkpoint, plan.model.lm.settings)
+        check_model(checkpoint, plan.model.lm)
+        check_resumable(checkpoint, plan.model.max_tokens)
     console = Console(width=None if sys.stdout.isatty() else 140, highlight=False)
     lm, groups = plan.model.lm, optimizer_groups(plan.model.lm, plan.model.weight_decay)
     console.print(layer_table(lm, plan), parts_table(lm), group_table(describe_groups(groups)), memory_table(plan), sep="\n\n")

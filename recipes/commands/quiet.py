@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import warnings
 
-NEEDLESS = ("\N{ELECTRIC LIGHT BULB} Tip", "TPU available", "Seed set to")
+NEEDLESS = ("\N{ELECTRIC LIGHT BULB} Tip", "GPU available: ", "TPU available", "Detected KeyboardInterrupt", "Seed set to")
 EXPECTED = (
     r"The '\w+' does not have many workers",  # batches are slices of an array in memory
     r".*`isinstance\(treespec, LeafSpec\)` is deprecated",  # Lightning calls it so
