@@ -161,7 +161,7 @@ def test_files_are_short(path: Path) -> None:
 @pytest.mark.parametrize("path", FILES, ids=relative)
 def test_forbidden_words(path: Path) -> None:
     source = path.read_text()
-    assert "make_block_ptr" not in source, "removed in triton 3.9: use pointers or tensor descriptors"
+    assert "block_ptr" not in source, "block pointers are removed in triton 3.9: use pointers or tensor descriptors"
     bare = [node.lineno for node in ast.walk(ast.parse(source)) if isinstance(node, ast.ExceptHandler) and node.type is None]
     assert not bare, "name the exception"
     if relative(path).startswith(("kernels/", "mixers/")):
