@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import signal
 from collections.abc import Callable
 from pathlib import Path
@@ -11,6 +12,7 @@ import lightning.pytorch  # noqa: F401 (at once: it logs to what is stderr when 
 import pytest
 import torch
 import yaml
+from cli_cases import CONFIG as SMALL
 from lit_cases import one_thread  # noqa: F401
 
 from mixers.errors import ConfigError
@@ -20,14 +22,7 @@ Run = Callable[..., str]
 
 CONFIG: dict[str, Any] = {
     "model": {
-        "lm": {
-            "vocab_size": 257,
-            "d_model": 16,
-            "n_layers": 2,
-            "mlp_width": 16,
-            "layout": ["gdn2", "swa"],
-            "mixers": {"gdn2": {"num_heads": 2, "head_dim": 4}, "swa": {"num_heads": 2, "window": 8}},
-        },
+        "lm": copy.deepcopy(SMALL["model"]["lm"]),
         "max_tokens": 64,
         "warmup_tokens": 0,
     },

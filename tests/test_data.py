@@ -13,7 +13,7 @@ from data_cases import BOS, assert_same, data_of, encoded, rows, texts, write_co
 from lit_modules.data import PackedText
 from lit_modules.data.stream import divide
 from lit_modules.data.tokenizer import ByteTokenizer
-from lit_modules.data.windows import Packer, check_cu_seqlens
+from lit_modules.data.windows import Packer
 from mixers.errors import ConfigError
 
 
@@ -192,10 +192,3 @@ def test_bytes_of_a_trained_tokenizer(tmp_path: Path) -> None:
     packed = Packer(data.tokenizer, 4, document_boundaries=True)([np.array([3, 1, 2, 3, 0])])
     assert packed.targets.tolist() == [[1, 2, -100, 0]]
     assert packed.n_bytes == 2 + 2 + 1
-
-
-@pytest.mark.parametrize("bad", [[0], [1, 8], [0, 4], [0, 4, 4, 8], [0, 5, 4, 8], [0, 9, 8], []])
-def test_cu_seqlens_are_checked(bad: list[int]) -> None:
-    check_cu_seqlens(np.array([0, 3, 8], dtype=np.int32), 8)
-    with pytest.raises(ValueError, match="cu_seqlens must rise strictly from 0 to 8"):
-        check_cu_seqlens(np.array(bad, dtype=np.int32), 8)

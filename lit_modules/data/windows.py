@@ -10,11 +10,11 @@ from functools import lru_cache
 from typing import NamedTuple, final
 
 import numpy as np
-import numpy.typing as npt
 import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
+from kernels.varlen import check_cu_seqlens
 from lit_modules.data.stream import Int64Array, TokenArray, TokenStream, keyed_hash
 from lit_modules.data.tokenizer import Tokenizer
 
@@ -99,19 +99,13 @@ class Packer:
             targets_BT[targets_BT == self.bos_id] = IGNORED
             starts_BT = inputs_BT == self.bos_id
             starts_BT[:, 0] = True
-            cu_seqlens = np.append(np.flatnonzero(starts_BT), starts_BT.size).astype(np.int32)
-            check_cu_seqlens(cu_seqlens, starts_BT.size)
+            cu_seqlens = torch.from_numpy(np.append(np.flatnonzero(starts_BT), starts_BT.size).astype(np.int32))
+            check_cu_seqlens(cu_seqlens, starts_BT.size, op="PackedText")  # here: kernels do not wait for a GPU to look at values
             inputs_BT, targets_BT = inputs_BT.reshape(1, -1), targets_BT.reshape(1, -1)
         n_bytes = self.token_bytes[targets_BT[targets_BT != IGNORED]].sum()
         return Batch(
             torch.from_numpy(inputs_BT),
             torch.from_numpy(targets_BT),
-            None if cu_seqlens is None else torch.from_numpy(cu_seqlens),
+            cu_seqlens,
             torch.tensor(int(n_bytes), dtype=torch.int64),
         )
-
-
-def check_cu_seqlens(cu_seqlens: npt.NDArray[np.int32], total: int) -> None:
-    """Raises ValueError unless cu_seqlens [N+1] rises strictly from 0 to `total`: kernels read outside it otherwise."""
-    if len(cu_seqlens) < 2 or cu_seqlens[0] != 0 or cu_seqlens[-1] != total or (np.diff(cu_seqlens) <= 0).any():
-        raise ValueError(f"cu_seqlens must rise strictly from 0 to {total}, got {cu_seqlens.tolist()}")
