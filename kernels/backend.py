@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import sys
+from importlib.util import find_spec
 from typing import Literal, get_args
 
 import torch
@@ -11,10 +13,13 @@ Resolved = Literal["triton", "reference"]
 
 # Ops that have Triton kernels. An op that is missing here runs on its plain-torch reference on every device.
 TRITON_OPS: frozenset[str] = frozenset()
+HAS_TRITON = find_spec("triton") is not None
 
 
-def resolve(op: str, requested: str, device: torch.device) -> Resolved:
-    """The implementation that `op` uses for tensors on `device`; a constant of its arguments, never of the environment.
+def resolve(op: str, requested: str, device: torch.device, refusal: str | None = None) -> Resolved:
+    """The implementation that `op` uses for tensors on `device`.
+
+    `refusal` says why the op's kernels cannot take these arguments (a dtype, a size), None if they can. "auto" then means the reference.
 
     Raises:
         ValueError: `requested` is not one of "auto", "triton", "reference".
@@ -22,8 +27,26 @@ def resolve(op: str, requested: str, device: torch.device) -> Resolved:
     """
     if requested not in get_args(Requested):
         raise ValueError(f"{op}: backend must be one of {', '.join(get_args(Requested))}, got {requested!r}")
-    has_kernel = op in TRITON_OPS and device.type == "cuda"
-    if requested == "triton" and not has_kernel:
-        why = f"tensors are on {device.type}" if op in TRITON_OPS else "this version has no Triton kernel for it"
+    if requested == "reference":
+        return "reference"
+    why = why_not(op, device) or refusal
+    if requested == "auto":
+        return "reference" if why or device.type == "cpu" else "triton"
+    if why:
         raise NotImplementedError(f"{op}: backend='triton' cannot run: {why}; use backend='auto' or 'reference'")
-    return "triton" if has_kernel and requested != "reference" else "reference"
+    return "triton"
+
+
+def why_not(op: str, device: torch.device) -> str | None:
+    """Why `op` has no kernel for `device` whatever its arguments; None if it has."""
+    if op not in TRITON_OPS:
+        return "this version has no Triton kernel for it"
+    if device.type != "cuda" and not (device.type == "cpu" and interpreted()):
+        return f"tensors are on {device.type}"
+    return None if HAS_TRITON else "Triton is not installed (pip install triton)"
+
+
+def interpreted() -> bool:
+    """Whether Triton was loaded as an interpreter, which runs the same kernels on the CPU: for tests, and only ever by the name "triton"."""
+    triton = sys.modules.get("triton")
+    return triton is not None and bool(triton.knobs.runtime.interpret)
