@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: quickstart test lint bench-reference wheel docs clean
+.PHONY: quickstart test test-gpu test-tiles lint bench-reference wheel docs clean
 
 quickstart: .venv/installed
 	$(BIN)/python -m recipes fit --config quickstart
@@ -10,6 +10,18 @@ quickstart: .venv/installed
 # one process a core with one thread each: torch's threads wait for each other by spinning
 test: lint
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --durations=15
+	TRITON_INTERPRET=1 OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto tests/gpu
+
+# The kernels on a GPU; writes docs/gpu_tests.md. Needs torch, triton and pytest, no .venv: make test-gpu PYTHON_TEST=python3 COMMIT=...
+PYTHON_TEST ?= $(if $(wildcard $(BIN)/python),$(BIN)/python,python3)
+GPU_PROCESSES ?= $(shell n=$$(nproc); echo $$((n < 8 ? n : 8)))
+test-gpu:
+	$(PYTHON_TEST) -m pytest -o addopts=-q -p no:cacheprovider $(if $(GPU_PROCESSES),-n $(GPU_PROCESSES)) tests/gpu \
+		--gpu-summary docs/gpu_tests.md $(if $(COMMIT),--gpu-commit $(COMMIT))
+
+# every kernel that doctor would run, compiled for every architecture; `make test` compiles those that ask for most
+test-tiles: .venv/installed-dev
+	OMP_NUM_THREADS=1 $(BIN)/python tests/offline.py
 
 lint: .venv/installed-dev
 	$(BIN)/ruff check .

@@ -12,14 +12,18 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from kernels.conv1d.api import causal_conv1d, causal_conv1d_step
     from kernels.delta.api import delta_rule, delta_rule_step
+    from kernels.gated_norm.api import gated_rms_norm
+    from kernels.gates.api import delta_gates
 
-__all__ = ["causal_conv1d", "causal_conv1d_step", "delta_rule", "delta_rule_step"]
+__all__ = ["causal_conv1d", "causal_conv1d_step", "delta_gates", "delta_rule", "delta_rule_step", "gated_rms_norm"]
 
 _HOME = {
     "causal_conv1d": "kernels.conv1d.api",
     "causal_conv1d_step": "kernels.conv1d.api",
+    "delta_gates": "kernels.gates.api",
     "delta_rule": "kernels.delta.api",
     "delta_rule_step": "kernels.delta.api",
+    "gated_rms_norm": "kernels.gated_norm.api",
 }
 
 

@@ -12,7 +12,7 @@ Requested = Literal["auto", "triton", "reference"]
 Resolved = Literal["triton", "reference"]
 
 # Ops that have Triton kernels. An op that is missing here runs on its plain-torch reference on every device.
-TRITON_OPS: frozenset[str] = frozenset()
+TRITON_OPS: frozenset[str] = frozenset({"causal_conv1d", "causal_conv1d_step", "delta_gates", "delta_rule", "delta_rule_step", "gated_rms_norm"})
 HAS_TRITON = find_spec("triton") is not None
 
 
@@ -46,7 +46,13 @@ def why_not(op: str, device: torch.device) -> str | None:
     return None if HAS_TRITON else "Triton is not installed (pip install triton)"
 
 
+_interpreted: bool | None = None
+
+
 def interpreted() -> bool:
     """Whether Triton was loaded as an interpreter, which runs the same kernels on the CPU: for tests, and only ever by the name "triton"."""
+    global _interpreted  # asked once: the answer stays, and a compiler cannot trace the question
     triton = sys.modules.get("triton")
-    return triton is not None and bool(triton.knobs.runtime.interpret)
+    if _interpreted is None and triton is not None:
+        _interpreted = bool(triton.knobs.runtime.interpret)
+    return bool(_interpreted)

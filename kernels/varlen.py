@@ -103,3 +103,30 @@ def gather_rows(x: Tensor, index: Tensor) -> Tensor:
 def scatter_rows(x: Tensor, index: Tensor, rows: int) -> Tensor:
     """A zero tensor of `rows` rows with row `index[i]` = `x[i]`, for an `index` without repeats."""
     return x.new_zeros(rows, *x.shape[1:]).index_copy(0, index, x)
+
+
+class DeviceChunks(NamedTuple):
+    """Sequences cut into chunks of C rows, in their own order, for kernels: made without a word from the device to the host.
+
+    The number of chunks is known on the device only (`first[-1]`); `start` and `rows` have room for the most there can be.
+    """
+
+    first: Tensor  # [N+1] int32, first chunk of each sequence
+    start: Tensor  # [bound] int32, first token of each chunk
+    rows: Tensor  # [bound] int32, its rows; 0 behind the last chunk
+
+
+def most_chunks(tokens: int, sequences: int, chunk: int) -> int:
+    """The most chunks that `sequences` sequences of `tokens` tokens in all can have."""
+    return (tokens + sequences * (chunk - 1)) // chunk
+
+
+def device_chunks(cu_seqlens: Tensor, tokens: int, chunk: int) -> DeviceChunks:
+    """The table for packed sequences."""
+    ends = cu_seqlens.to(torch.int32)
+    first = torch.nn.functional.pad(((ends.diff() + chunk - 1) // chunk).cumsum(0, dtype=torch.int32), (1, 0))
+    index = torch.arange(most_chunks(tokens, ends.numel() - 1, chunk), device=ends.device, dtype=torch.int32)
+    sequence = torch.searchsorted(first[1:], index, right=True).clamp_(max=ends.numel() - 2)
+    start = ends[sequence] + (index - first[sequence]) * chunk
+    rows = torch.where(index < first[-1], (ends[sequence + 1] - start).clamp(0, chunk), 0)
+    return DeviceChunks(first, start, rows.to(torch.int32))

@@ -7,7 +7,7 @@ from typing import final
 from torch import Tensor
 
 from mixers.delta import DeltaMixer, Gates
-from mixers.layers import DecayGate
+from mixers.layers import DeltaGates
 
 
 @final
@@ -17,8 +17,8 @@ class GatedDeltaNet(DeltaMixer):
     def make_gates(self) -> None:
         self.beta_proj = self.linear(self.d_model, self.num_v_heads)
         self.f_proj = self.linear(self.d_model, self.num_v_heads)
-        self.decay = DecayGate(self.num_v_heads, 1)
+        self.decay = DeltaGates(self.num_v_heads, 1)
 
     def gates(self, x: Tensor) -> Gates:
-        beta = self.beta_proj(x).sigmoid().unsqueeze(-1)
-        return Gates(self.decay(self.f_proj(x)), beta, beta)
+        g, beta, _ = self.decay(self.f_proj(x), self.beta_proj(x))
+        return Gates(g, beta.unsqueeze(-1), beta.unsqueeze(-1))

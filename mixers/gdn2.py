@@ -7,7 +7,7 @@ from typing import Literal, final
 from torch import Tensor
 
 from mixers.delta import DeltaMixer, Gates
-from mixers.layers import DecayGate
+from mixers.layers import DeltaGates
 
 
 @final
@@ -47,13 +47,14 @@ class GatedDeltaNet2(DeltaMixer):
         self.b_proj = self.linear(self.d_model, self.k_width)
         self.w_proj = self.linear(self.d_model, self.v_width)
         self.f_proj = self.low_rank(self.d_model, self.k_width)
-        self.decay = DecayGate(self.num_heads, self.head_dim)
+        self.decay = DeltaGates(self.num_heads, self.head_dim)
 
     def gates(self, x: Tensor) -> Gates:
-        b = self.b_proj(x).sigmoid().unflatten(-1, (self.num_heads, -1))
-        w = self.w_proj(x).sigmoid().unflatten(-1, (self.num_v_heads, -1))
+        b_scale = 2.0 if self.allow_neg_eigval else 1.0
+        g, b, w = self.decay(self.f_proj(x), self.b_proj(x), self.w_proj(x), b_scale=b_scale)
+        b, w = b.unflatten(-1, (self.num_heads, -1)), w.unflatten(-1, (self.num_v_heads, -1))
         if self.erase == "scalar":
             b = b.mean(-1, keepdim=True)
         if self.write == "scalar":
             w = w.mean(-1, keepdim=True)
-        return Gates(self.decay(self.f_proj(x)), 2 * b if self.allow_neg_eigval else b, w)
+        return Gates(g, b, w)

@@ -7,7 +7,7 @@ from typing import final
 from torch import Tensor
 
 from mixers.delta import DeltaMixer, Gates
-from mixers.layers import DecayGate
+from mixers.layers import DeltaGates
 
 
 @final
@@ -20,8 +20,8 @@ class KimiDeltaAttention(DeltaMixer):
     def make_gates(self) -> None:
         self.beta_proj = self.linear(self.d_model, self.num_v_heads)
         self.f_proj = self.low_rank(self.d_model, self.k_width)
-        self.decay = DecayGate(self.num_heads, self.head_dim)
+        self.decay = DeltaGates(self.num_heads, self.head_dim)
 
     def gates(self, x: Tensor) -> Gates:
-        beta = self.beta_proj(x).sigmoid().unsqueeze(-1)
-        return Gates(self.decay(self.f_proj(x)), beta, beta)
+        g, beta, _ = self.decay(self.f_proj(x), self.beta_proj(x))
+        return Gates(g, beta.unsqueeze(-1), beta.unsqueeze(-1))

@@ -7,10 +7,9 @@ from collections.abc import Callable
 from typing import final
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
-from kernels import causal_conv1d, causal_conv1d_step
+from kernels import causal_conv1d, causal_conv1d_step, delta_gates, gated_rms_norm
 
 MIXER_GAIN = 2**-2.5  # Xavier gain of every linear in a recurrent mixer (Gated DeltaNet-2, appendix)
 
@@ -68,11 +67,10 @@ def fp32_parameter(*shape: int) -> nn.Parameter:
     return nn.Parameter(torch.empty(shape, dtype=torch.promote_types(torch.get_default_dtype(), torch.float32)))
 
 
-@final
-class DecayGate(FP32Module):
-    """g = -exp(a) * softplus(f + delta), the log-decay, in at least float32 (Gated DeltaNet-2, 3.5; Mamba-2).
+class DecayModule(FP32Module):
+    """Parameters of the log-decay g = -exp(a) * softplus(f + delta), in at least float32 (Gated DeltaNet-2, 3.5; Mamba-2).
 
-    Starts with exp(a) uniform in [1, 16] and softplus(delta) log-uniform in [0.001, 0.1], floor 1e-4.
+    Starts with exp(a) uniform in [1, 16] and softplus(delta) log-uniform in [0.001, 0.1], floor 1e-4. A subclass's `forward` reads them.
 
     Args:
         heads: heads, one rate `a` each.
@@ -81,7 +79,6 @@ class DecayGate(FP32Module):
 
     def __init__(self, heads: int, channels: int) -> None:
         super().__init__()
-        self.heads, self.channels = heads, channels
         self.a = fp32_parameter(heads)
         self.delta = fp32_parameter(heads * channels)
         self.reset_parameters()
@@ -92,10 +89,25 @@ class DecayGate(FP32Module):
             dt = self.delta.uniform_(math.log(0.001), math.log(0.1)).exp_().clamp_min_(1e-4)
             self.delta.copy_(dt + torch.log(-torch.expm1(-dt)))  # the inverse of softplus
 
+
+@final
+class DecayGate(DecayModule):
+    """The log-decay alone. Args: `DecayModule`'s."""
+
     def forward(self, f: Tensor) -> Tensor:
         """f [.., heads * channels] -> g [.., heads, channels] <= 0."""
-        dt: Tensor = F.softplus(f.to(self.delta.dtype) + self.delta).unflatten(-1, (self.heads, self.channels))
-        return -self.a.exp().unsqueeze(-1) * dt
+        return delta_gates(f, self.a, self.delta)[0]
+
+
+@final
+class DeltaGates(DecayModule):
+    """The log-decay with the erase and write gates, in one call of `kernels.delta_gates`. Args: `DecayModule`'s."""
+
+    def forward(self, f: Tensor, b: Tensor, w: Tensor | None = None, *, b_scale: float = 1.0) -> tuple[Tensor, Tensor, Tensor | None]:
+        """f [.., heads * channels], logits b and w of any widths -> g [.., heads, channels] <= 0, b_scale * sigmoid(b), sigmoid(w)."""
+        g, erase, write = delta_gates(f, self.a, self.delta, b, w, b_scale=b_scale)
+        assert erase is not None
+        return g, erase, write
 
 
 @final
@@ -142,11 +154,12 @@ class GatedRMSNorm(nn.Module):
 
     def __init__(self, size: int, eps: float) -> None:
         super().__init__()
-        self.norm = nn.RMSNorm(size, eps=eps)
+        self.eps = eps
+        self.norm = nn.RMSNorm(size, eps=eps)  # holds the weight
 
     def forward(self, x: Tensor, gate: Tensor) -> Tensor:
-        out: Tensor = self.norm(x) * F.silu(gate)
-        return out
+        """x, gate [.., size] -> x's shape and dtype."""
+        return gated_rms_norm(x, gate, self.norm.weight, self.eps)
 
 
 def rotate(x: Tensor, position: Tensor, theta: float) -> Tensor:

@@ -30,17 +30,20 @@ class Case(NamedTuple):
     groups: int  # HV / H
     tokens: int
     sizes: tuple[int, int]  # K, V
-    layout: str  # dense: a batch of 2; packed: one row of documents
+    layout: str  # dense: a batch; packed: one row of documents
     state: bool
     scale: float | None
     storage: str  # contiguous, expanded (stride 0), strided
-    decay: str  # mild, mixed, or one value of MIXED_DECAYS for every entry
+    decay: str  # mild, slow, mixed, or one value of MIXED_DECAYS for every entry
     erase: str = "random"  # random in [0, 2], or one value for every entry
     documents: tuple[int, ...] = ()  # lengths; empty: `document_lengths`
+    heads: int = HEADS
+    batch: int = 2  # of dense inputs
+    write: float = 1.0  # w is random between 0 and this
 
     def __str__(self) -> str:
-        words = (str(x).replace(" ", "") for x in self if x != ())
-        return "-".join(words)
+        shown = [x for name, x in self._asdict().items() if name not in self._field_defaults or x != self._field_defaults[name]]
+        return "-".join(str(x).replace(" ", "") for x in shown)
 
 
 FACTORS: dict[str, tuple[Any, ...]] = {
@@ -140,20 +143,26 @@ class Inputs(NamedTuple):
     def to(self, dtype: torch.dtype) -> Inputs:
         return self._replace(leaves={name: leaf.to(dtype) for name, leaf in self.leaves.items()})
 
+    def rounded(self, dtype: torch.dtype, device: torch.device | str = "cpu", *, wide: Sequence[str] = ("g", "state")) -> Inputs:
+        """On `device` and in `dtype`, but for the arguments `wide`, which are in float32."""
+        options = {name: x.to(device) if isinstance(x, Tensor) else x for name, x in self.options.items()}
+        leaves = {name: x.to(device, torch.float32 if name in wide else dtype) for name, x in self.leaves.items()}
+        return self._replace(leaves=leaves, options=options)
+
 
 def make(case: Case, seed: int = 0) -> Inputs:
     """Random float64 inputs; keys have length 1."""
     generator = torch.Generator().manual_seed(seed)
     k_dim, v_dim = case.sizes
-    v_heads = HEADS * case.groups
-    batch = 2 if case.layout == "dense" else 1
+    v_heads = case.heads * case.groups
+    batch = case.batch if case.layout == "dense" else 1
     options: dict[str, Any] = {"scale": case.scale}
     sequences = batch
     if case.layout == "packed":
         lengths = case.documents or document_lengths(case.tokens)
         sequences, options["cu_seqlens"] = len(lengths), cu_seqlens_of(lengths)
-    lead, heads = (batch, case.tokens), {"key": HEADS, "value": v_heads}
-    shapes = {"q": (*lead, HEADS, k_dim), "k": (*lead, HEADS, k_dim), "v": (*lead, v_heads, v_dim)}
+    lead, heads = (batch, case.tokens), {"key": case.heads, "value": v_heads}
+    shapes = {"q": (*lead, case.heads, k_dim), "k": (*lead, case.heads, k_dim), "v": (*lead, v_heads, v_dim)}
     for name, width, gate_heads, channels in (
         ("g", case.g, heads[case.g_heads], k_dim),
         ("b", case.b, heads[case.b_heads], k_dim),
@@ -185,18 +194,19 @@ def _draw(name: str, shape: tuple[int, ...], case: Case, generator: torch.Genera
     if name == "g" and case.decay == "mixed":
         return torch.tensor(MIXED_DECAYS, dtype=torch.float64)[torch.randint(len(MIXED_DECAYS), shape, generator=generator)]
     if name == "g":
-        return -uniform() if case.decay == "mild" else torch.full(shape, float(case.decay), dtype=torch.float64)
+        most = {"mild": 1.0, "slow": 0.02}.get(case.decay)
+        return torch.full(shape, float(case.decay), dtype=torch.float64) if most is None else -most * uniform()
     if name == "b":
         return 2 * uniform() if case.erase == "random" else torch.full(shape, float(case.erase), dtype=torch.float64)
     if name == "w":
-        return uniform()
+        return case.write * uniform()
     x = torch.randn(shape, generator=generator, dtype=torch.float64)
     return torch.nn.functional.normalize(x, dim=-1) if name == "k" else x
 
 
 def random_cotangent(x: Tensor, seed: int) -> Tensor:
     """Random numbers of x's shape and dtype that every dtype holds exactly, so that runs in two dtypes differentiate the same loss."""
-    return torch.randn(x.shape, generator=torch.Generator().manual_seed(seed)).to(torch.bfloat16).to(x.dtype)
+    return torch.randn(x.shape, generator=torch.Generator().manual_seed(seed)).to(torch.bfloat16).to(x)
 
 
 def run(function: Callable[..., tuple[Tensor, Tensor]], inputs: Inputs) -> dict[str, Tensor]:
@@ -209,16 +219,19 @@ def run(function: Callable[..., tuple[Tensor, Tensor]], inputs: Inputs) -> dict[
     return {"o": o.detach(), "final": state.detach(), **named}
 
 
-def errors(got: dict[str, Tensor], expected: dict[str, Tensor]) -> dict[str, float]:
-    """max|got - expected| / max|expected| of each tensor; infinite where anything is not finite or the shapes differ."""
+def errors(got: dict[str, Tensor], expected: dict[str, Tensor], at_least: dict[str, float] | None = None) -> dict[str, float]:
+    """max|got - expected| / max|expected| of each tensor; infinite where anything is not finite or the shapes differ.
+
+    `at_least` names tensors that come out of sums in which larger terms cancel, and the size of those terms, which then counts if it is larger.
+    """
     assert got.keys() == expected.keys()
     result = {}
     for name, reference in expected.items():
         value = got[name].to(torch.float64)
         finite = value.shape == reference.shape and bool(value.isfinite().all()) and bool(reference.isfinite().all())
         difference = (value - reference).abs().max().item() if finite else float("inf")
-        largest = reference.abs().max().item() if finite else 1.0
-        result[name] = difference / largest if difference else 0.0
+        largest = max(reference.abs().max().item(), (at_least or {}).get(name, 0.0)) if finite else 1.0
+        result[name] = 0.0 if difference == 0 else difference / largest if largest else float("inf")
     return result
 
 

@@ -79,7 +79,7 @@ def test_declared_parameters_stay_float32(precision, tmp_path):
     class Watch(Callback):
         def on_fit_start(self, trainer, pl_module) -> None:  # noqa: ARG002
             gate = pl_module.lm.layers[0].mixer.decay
-            gate.register_forward_hook(lambda module, _, g: seen.update({module.a.dtype, module.delta.dtype, g.dtype}))
+            gate.register_forward_hook(lambda module, _, gates: seen.update({module.a.dtype, module.delta.dtype, gates[0].dtype}))
 
     path = saved(tmp_path / "a.ckpt", lit, make_batch(0), precision=precision, max_steps=2, callbacks=[Watch()])
     others = torch.bfloat16 if precision == "bf16-true" else torch.float32

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from kernels import backend as backends
-from kernels.conv1d import reference
+from kernels.conv1d import op, reference
 from kernels.varlen import check_cu_seqlens
 
 Activation = Literal["silu"]
@@ -57,8 +57,11 @@ def causal_conv1d(
         sequences = cu_seqlens.numel() - 1
     if state is not None:
         _check_state("causal_conv1d", state, sequences, weight, x)
-    backends.resolve("causal_conv1d", backend, x.device)
+    chosen = backends.resolve("causal_conv1d", backend, x.device, op.refusal(x, weight, bias, state, norm_size))
     with torch.autocast(x.device.type, enabled=False):
+        if chosen == "triton":
+            y, new_state = op.causal_conv1d(x, weight, bias, state, cu_seqlens, *_epilogue(x, activation, norm_size, norm_channels))
+            return y, new_state
         y, new_state = reference.convolve(x, weight, bias, state, cu_seqlens)
         return reference.epilogue(y, activation, norm_size, norm_channels).to(x.dtype), new_state
 
@@ -77,10 +80,18 @@ def causal_conv1d_step(
     """One token of `causal_conv1d`: x [B, D], state [B, W-1, D] -> y [B, D] and the new state; `state` itself is not changed."""
     _check(x, weight, bias, activation, norm_size, norm_channels, ndim=2)
     _check_state("causal_conv1d_step", state, x.shape[0], weight, x)
-    backends.resolve("causal_conv1d_step", backend, x.device)
+    chosen = backends.resolve("causal_conv1d_step", backend, x.device, op.refusal(x, weight, bias, state, norm_size))
     with torch.autocast(x.device.type, enabled=False):
+        if chosen == "triton":
+            y, new_state = op.causal_conv1d_step(x, weight, bias, state, *_epilogue(x, activation, norm_size, norm_channels))
+            return y, new_state
         y, new_state = reference.step(x, weight, bias, state)
         return reference.epilogue(y, activation, norm_size, norm_channels).to(x.dtype), new_state
+
+
+def _epilogue(x: Tensor, activation: Activation | None, norm_size: int | None, norm_channels: int | None) -> tuple[bool, int, int]:
+    """The operators' last three arguments."""
+    return activation == "silu", norm_size or 0, x.shape[-1] if norm_channels is None else norm_channels
 
 
 def _check(

@@ -6,7 +6,9 @@ import torch
 from torch import Tensor
 
 from kernels import backend as backends
+from kernels.delta import op as triton_op
 from kernels.delta import reference
+from kernels.delta import step as triton_step
 from kernels.varlen import check_cu_seqlens, is_readable
 
 
@@ -57,8 +59,10 @@ def delta_rule(
         sequences = cu_seqlens.numel() - 1
     if state is not None:
         _check_state("delta_rule", state, sequences, k, v)
-    backends.resolve("delta_rule", backend, q.device)
+    resolved = backends.resolve("delta_rule", backend, q.device, triton_op.refusal(q, v))
     with torch.autocast(q.device.type, enabled=False):
+        if resolved == "triton":
+            return triton_op.delta_rule(q, k, v, g, b, w, q.shape[-1] ** -0.5 if scale is None else scale, state, cu_seqlens)
         return reference.chunkwise(q, k, v, g, b, w, scale=scale, state=state, cu_seqlens=cu_seqlens)
 
 
@@ -80,9 +84,10 @@ def delta_rule_step(
     """
     _check(q, k, v, g, b, w, axes="B H")
     _check_state("delta_rule_step", state, q.shape[0], k, v)
-    backends.resolve("delta_rule_step", backend, q.device)
-    dtype, heads = reference.accumulator_dtype(v), v.shape[-2]
     scale = q.shape[-1] ** -0.5 if scale is None else scale
+    if backends.resolve("delta_rule_step", backend, q.device, triton_step.refusal(q, k, v, g, b, w, state)) == "triton":
+        return triton_step.delta_rule_step(q, k, v, g, b, w, scale, state)
+    dtype, heads = reference.accumulator_dtype(v), v.shape[-2]
     inputs = (reference.expand_heads(x, heads, dtype) for x in (q, k, v, g, b, w))
     with torch.autocast(q.device.type, enabled=False):
         o, new_state = reference.step(*inputs, scale=scale, state=state)  # type: ignore[arg-type]

@@ -10,7 +10,7 @@ from lightning.fabric.utilities.rank_zero import rank_zero_only
 
 from lit_modules.loss_curve import short_number
 from mixers.errors import ConfigError
-from recipes.commands import sizes
+from recipes.commands import gpu_ready, sizes
 from recipes.commands.checkpoints import check_model, check_resumable, with_checkpoint
 from recipes.commands.cli import MixersCLI
 from recipes.commands.config_files import collect
@@ -27,6 +27,8 @@ def run(argv: list[str]) -> int:
         check_model(checkpoint, plan.model.lm)
         check_resumable(checkpoint, plan.model.max_tokens)
         cli.config["ckpt_path"] = str(checkpoint)
+    gpu = gpu_ready.device_of(cli.config.trainer) if _is_main_process() else None
+    backends = [] if gpu is None else gpu_ready.get_ready(plan.model.lm, plan.precision, gpu)
     folder = None if cli.config.trainer.fast_dev_run else _run_folder(cli)
     try:
         cli.build(folder)
@@ -35,7 +37,7 @@ def run(argv: list[str]) -> int:
         if folder is not None and _is_main_process():
             shutil.rmtree(folder, ignore_errors=True)
         raise
-    _announce(plan, folder)
+    _announce(plan, folder, backends)
     try:
         cli.trainer.fit(cli.model, datamodule=cli.datamodule, ckpt_path=checkpoint, weights_only=True)
     except MisconfigurationException as error:
@@ -58,9 +60,11 @@ def _run_folder(cli: MixersCLI) -> Path:
 
 
 @rank_zero_only
-def _announce(plan: Plan, folder: Path | None) -> None:
+def _announce(plan: Plan, folder: Path | None, backends: list[str]) -> None:
     lm = plan.model.lm
     size = f"{short_number(sizes.count(lm))} parameters ({short_number(sizes.parameters_in_blocks(lm))} in the blocks)"
     print(f"model: [{', '.join(lm.settings['layout'])}] over {lm.settings['n_layers']} layers, {size}")
     print(f"training: {short_number(plan.model.max_tokens)} tokens, {plan.tokens_a_step:,} a step, {plan.steps:,} steps")
+    for line in backends:
+        print(f"backend: {line}")
     print(f"run folder: {folder}" if folder else "run folder: none (fast_dev_run)", flush=True)

@@ -3,7 +3,10 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
 
 import pytest
 from gpu_cases import ON_GPU
@@ -24,3 +27,27 @@ def pytest_collection_modifyitems(items: Sequence[pytest.Item]) -> None:
     for item in items:
         if item.get_closest_marker("gpu") and not ON_GPU:
             item.add_marker(pytest.mark.skip(reason="needs a GPU"))
+
+
+# --- the page of `make test-gpu` ---
+
+STARTED = time.time()
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--gpu-summary", type=Path, help="write a summary page of this run")
+    parser.addoption("--gpu-commit", help="the commit that the page names (default: what git says)")
+
+
+def pytest_terminal_summary(terminalreporter: Any, config: pytest.Config) -> None:
+    """Writes the page, whether or not tests failed. With several processes only the one that leads them gets here."""
+    path = config.getoption("--gpu-summary")
+    if path is None:
+        return
+    from gpu_summary import OUTCOMES, Outcome, facts, page
+
+    stats = terminalreporter.stats
+    outcomes = [Outcome(report.nodeid, name, report.duration) for name in OUTCOMES for report in stats.get(name, []) if hasattr(report, "duration")]
+    processes = config.getoption("numprocesses", None) or 1
+    path.write_text(page(facts(config.getoption("--gpu-commit")), outcomes, time.time() - STARTED, processes), encoding="utf-8")
+    terminalreporter.write_line(f"wrote {path}")

@@ -1,0 +1,123 @@
+"""What forward and backward share: where a chunk lies, running sums of the log-decay, and the tree of README.md, section 3.
+
+Shapes: C = 64 rows a chunk, K key size, BK channels a block. Pointers of a chunk and head point at its row 0.
+"""
+
+import triton
+import triton.language as tl
+
+LOG2E = tl.constexpr(1.4426950408889634)
+LOWEST = tl.constexpr(-160.0)  # below 2^-149, the smallest float32 above 0: a stronger decay leaves nothing either way
+GRID = tl.constexpr(512.0)  # 64 * 160 < 2^14, so sums of multiples of 2^-9 need 23 bits: exact in float32
+
+
+@triton.jit
+def wide(index):
+    """A loop index as int64."""
+    return tl.full((), index, tl.int64)
+
+
+@triton.jit
+def chunk_rows(chunk, starts, lengths, tokens, per_sequence, PACKED: tl.constexpr, C: tl.constexpr):
+    """First token (int64) and number of rows of a chunk."""
+    if PACKED:
+        start = tl.load(starts + chunk).to(tl.int64)
+        rows = tl.load(lengths + chunk)
+    else:
+        first = (chunk % per_sequence) * C
+        start = wide(chunk // per_sequence) * tokens + first
+        rows = tl.minimum(tokens - first, C)
+    return start, rows
+
+
+@triton.jit
+def n_chunks(first_chunk, per_sequence, sequences, PACKED: tl.constexpr):
+    """The number of chunks; of packed sequences it is known on the device only."""
+    if PACKED:  # noqa: SIM108 (a conditional expression would load in both cases)
+        n = tl.load(first_chunk + sequences)
+    else:
+        n = per_sequence * sequences
+    return n
+
+
+@triton.jit
+def log2_decay(g):
+    """g in units of log 2, not below what float32 can hold as a factor."""
+    return tl.maximum(g.to(tl.float32) * LOG2E, LOWEST)
+
+
+@triton.jit
+def running_sums(g, sums, rows, S_G: tl.constexpr, K: tl.constexpr, C: tl.constexpr, EXACT: tl.constexpr):
+    """G of every channel [C, K], in log 2, to the program's scratch: row by row, a column a thread.
+
+    EXACT: in two parts, `sums` [2, C, K], the first a sum of multiples of 1 / GRID: after a decay of -1000 its differences still hold one of -1e-6.
+    """
+    c = tl.arange(0, K)
+    total = tl.zeros([K], tl.float32)
+    rest = tl.zeros([K], tl.float32)
+    for r in range(C):
+        g2 = log2_decay(tl.load(g + r * S_G + c, mask=(c < K) & (r < rows), other=0.0))
+        if EXACT:
+            coarse = tl.floor(g2 * GRID + 0.5) / GRID
+            rest += g2 - coarse
+            tl.store(sums + (C + r) * K + c, rest)
+            g2 = coarse
+        total += g2
+        tl.store(sums + r * K + c, total)
+    tl.debug_barrier()
+
+
+@triton.jit
+def between(sums, r, a, c, K: tl.constexpr, C: tl.constexpr, EXACT: tl.constexpr):
+    """log2 of x(r, a), from the running sums of a chunk: rows r and a [R], channels c [BK] -> [R, BK]. Positive where r is before a."""
+    to, since = r[:, None] * K + c[None, :], a[:, None] * K + c[None, :]
+    x = tl.load(sums + to) - tl.load(sums + since)
+    if EXACT:
+        x += tl.load(sums + C * K + to) - tl.load(sums + C * K + since)
+    return x
+
+
+@triton.jit
+def decay_tile(g, rows, S_G: tl.constexpr, C: tl.constexpr):
+    """x(r, s) [C, C] for a decay per head, 1 on and above the diagonal: running sums, each of one sign, down the rows."""
+    r = tl.arange(0, C)
+    g2 = log2_decay(tl.load(g + r * S_G, mask=r < rows, other=0.0))
+    return tl.exp2(tl.cumsum(tl.where(r[:, None] > r[None, :], g2[:, None], 0.0), 0))
+
+
+@triton.jit
+def decay_ends(g, rows, S_G: tl.constexpr, C: tl.constexpr):
+    """x(r, start) and x(C, r) [C] and the decay of the whole chunk, for a decay per head."""
+    r = tl.arange(0, C)
+    g2 = log2_decay(tl.load(g + r * S_G, mask=r < rows, other=0.0))
+    behind = tl.sum(tl.where(r[:, None] > r[None, :], g2[:, None], 0.0), 0)
+    return tl.exp2(tl.cumsum(g2, 0)), tl.exp2(behind), tl.exp2(tl.sum(g2, 0))
+
+
+@triton.jit
+def channel_ends(sums, at, K: tl.constexpr, C: tl.constexpr, BK: tl.constexpr, EXACT: tl.constexpr):
+    """The same for a decay per channel: [C, BK], [C, BK], [BK]."""
+    r, c = tl.arange(0, C), tl.arange(0, BK)
+    here, last = sums + at + (r[:, None] * K + c[None, :]), sums + at + ((C - 1) * K + c)
+    start, total = tl.load(here), tl.load(last)
+    end = total[None, :] - start
+    if EXACT:
+        rest, rest_total = tl.load(here + C * K), tl.load(last + C * K)
+        end += rest_total[None, :] - rest
+        start, total = start + rest, total + rest_total
+    return tl.exp2(start), tl.exp2(end), tl.exp2(total)
+
+
+@triton.jit
+def level_rows(h: tl.constexpr, C: tl.constexpr):
+    """The rows of a level, half of them each: lower halves, upper halves of the blocks of 2h rows, the lower halves' last rows, and the blocks."""
+    i = tl.arange(0, C // 2)
+    block = i // h
+    lower = block * (2 * h) + i % h
+    return lower, lower + h, block * (2 * h) + h - 1, block
+
+
+@triton.jit
+def stack(x, y):
+    """[R, X], [R, X] -> [2R, X], y below x."""
+    return tl.reshape(tl.permute(tl.join(x, y), (2, 0, 1)), (2 * x.shape[0], x.shape[1]))

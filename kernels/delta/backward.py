@@ -1,0 +1,85 @@
+"""Launches of the backward pass, in the order of README.md, section 4. Shapes as in `forward.py`."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from kernels.delta.forward import Forward, Problem, as_rows, make_problem
+
+Gradients = tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor | None, Tensor | None, Tensor]
+
+
+def launch(q: Tensor, k: Tensor, v: Tensor, g: Tensor | None, b: Tensor | None, w: Tensor | None, scale: float, cu_seqlens: Tensor | None,
+           saved: Forward, do: Tensor, dfinal: Tensor) -> Gradients:  # fmt: skip
+    """Gradients of q, k, v, g, b, w (None for an absent gate) and of the initial state."""
+    problem = make_problem(q, k, v, g, b, w, cu_seqlens)
+    do = as_rows(do)
+    dR, dS, dinitial = state_gradients(problem, saved, do, dfinal)
+    made = value_gradients(problem, saved, do, dR)
+    made |= score_gradients(problem, saved, do, dS, made, scale)
+    inputs = {"dq": q, "dk": k, "dv": v, "dg": g, "db": b, "dw": w}
+    dq, dk, dv, dg, db, dw = (None if x is None else sum_heads(made[name], x) for name, x in inputs.items())
+    assert dq is not None and dk is not None and dv is not None  # noqa: PT018
+    return dq, dk, dv, dg, db, dw, dinitial
+
+
+def state_gradients(problem: Problem, saved: Forward, do: Tensor, dfinal: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """(4.1) and (4.3), serially from the last chunk: dR, the gradients of the states behind the chunks, the gradient of the initial state."""
+    from kernels.delta._triton.dstate import dstate_kernel
+
+    dR, dS = torch.empty_like(saved.R), torch.empty_like(saved.S)
+    dinitial = torch.empty_like(saved.final)
+    programs, options = problem.serial_options("dstate")
+    dstate_kernel[(programs,)](
+        saved.Y, saved.P, saved.Qg, saved.Ktail, saved.gamma, do, dfinal.contiguous(), *problem.chunks, dR, dS, dinitial,
+        **problem.lengths, S_O=do.stride(1), **problem.only("HV", "K", "V", "C", "G", "B", "PACKED", "PRECISION"), **options,
+    )  # fmt: skip
+    return dR, dS, dinitial
+
+
+def value_gradients(problem: Problem, saved: Forward, do: Tensor, dR: Tensor) -> dict[str, Tensor]:
+    """(4.2) and (4.5): dv, dw, dZ in dR's memory, dP and dT; and G once more, for the next launch."""
+    from kernels.delta._triton.dvalues import dvalues_kernel
+
+    x, s, v_dim = problem.inputs, problem.settings, problem.sizes[1]
+    out = {"dZ": dR, "dP": torch.empty_like(saved.P), "dT": torch.empty_like(saved.P) if s["B"] else dR}
+    out["sums"] = problem.new_sums() if s["G"] == 2 else dR
+    out["dv"] = problem.gradient("v", v_dim)
+    out["dw"] = problem.gradient("w", v_dim if s["W"] == 2 else 1) if s["W"] else dR
+    names = ("S_V", "S_G", "S_W", "HV", "HG", "K", "V", "C", "G", "B", "W", "PACKED", "EXACT", "PRECISION")
+    dvalues_kernel[(problem.n_chunks * problem.v_heads,)](
+        x["v"], x["g"], x["w"], *problem.chunks, saved.A, saved.R, do, *out.values(), **problem.numbers,
+        S_O=do.stride(1), **problem.only(*names), **problem.options("dvalues"),
+    )  # fmt: skip
+    return out
+
+
+def score_gradients(problem: Problem, saved: Forward, do: Tensor, dS: Tensor, made: dict[str, Tensor], scale: float) -> dict[str, Tensor]:
+    """(4.4) and (4.6) to (4.9): dq, dk, dg, db. `made` are the results of `value_gradients`."""
+    from kernels.delta._triton.dscores import dscores_kernel
+
+    x, s, k_dim = problem.inputs, problem.settings, problem.sizes[0]
+    options = problem.options("dscores")
+    parts = k_dim // options["BK"]
+    out = {"dq": problem.gradient("q", k_dim), "dk": problem.gradient("k", k_dim)}
+    for name in ("g", "b"):  # a scalar gate's gradient is summed over the programs, in float32
+        mode = s[name.upper()]
+        out["d" + name] = problem.gradient(name, k_dim) if mode == 2 else problem.gradient(name, parts, torch.float32) if mode else dS
+    names = ("S_Q", "S_K", "S_G", "S_B", "H", "HV", "K", "V", "C", "G", "B", "HG", "HB", "PACKED", "EXACT", "PRECISION")
+    dscores_kernel[(problem.n_chunks * problem.v_heads * parts,)](
+        x["q"], x["k"], x["g"], x["b"], *problem.chunks, saved.R, saved.S, do, made["dZ"], dS, made["dP"], made["dT"], made["sums"], *out.values(),
+        scale, **problem.numbers, S_O=do.stride(1), **problem.only(*names), **options,
+    )  # fmt: skip
+    for name in ("g", "b"):
+        if s[name.upper()] == 1:
+            out["d" + name] = out["d" + name].sum(-1, keepdim=True)
+    return out
+
+
+def sum_heads(gradient: Tensor, like: Tensor) -> Tensor:
+    """The gradient [M, HV, channels] of an input [B, T, heads, channels], summed over the value heads that read one of its heads."""
+    heads = like.shape[2]
+    if gradient.shape[1] != heads:
+        gradient = gradient.unflatten(1, (heads, -1)).sum(2)
+    return gradient.view(like.shape).to(like.dtype)

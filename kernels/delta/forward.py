@@ -1,0 +1,180 @@
+"""Launches of the forward pass, in the order of README.md, section 2. Shapes: M tokens [B*T], n chunks, C rows a chunk, HV value heads."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from kernels.delta.reference import CHUNK
+from kernels.delta.tiles import FEW_PROGRAMS, TILES
+from kernels.tiles import Tile
+from kernels.varlen import device_chunks, most_chunks
+
+
+class Problem(NamedTuple):
+    """One call of the op as its kernels see it: inputs as rows of tokens, where the chunks lie, and compile-time settings."""
+
+    inputs: dict[str, Tensor]  # q, k, v, g, b, w; an absent gate is q, and never read
+    chunks: tuple[Tensor, Tensor, Tensor]  # first chunk of a sequence, first token and rows of a chunk; not read for a dense batch
+    lengths: dict[str, int]  # tokens and chunks of a sequence, of a dense batch
+    settings: dict[str, Any]
+    sequences: int
+    n_chunks: int  # at most
+    v_heads: int
+    sizes: tuple[int, int]  # K, V
+
+    def tile(self, kernel: str) -> Tile:
+        q = self.inputs["q"]
+        return TILES.pick(kernel, q.device, q.element_size(), max(self.sizes))
+
+    @property
+    def numbers(self) -> dict[str, int]:
+        """What a kernel with one program a chunk is told of the lengths."""
+        return {**self.lengths, "sequences": self.sequences}
+
+    def options(self, kernel: str) -> dict[str, int]:
+        """Blocks, warps and stages of a launch, no block wider than what it divides."""
+        tile = self.tile(kernel)
+        blocks = {name: min(size, self.settings[name[1]]) for name, size in tile.blocks.items()}
+        return tile._replace(blocks=blocks).options()
+
+    def serial_options(self, kernel: str) -> tuple[int, dict[str, int]]:
+        """The programs and the options of a pass over chunks: one a sequence, head and block of value columns."""
+        columns = self.sequences * self.v_heads * self.sizes[1]
+        wide = self.options(kernel)
+        options = wide if columns // wide["BV"] >= FEW_PROGRAMS else self.options(kernel + "_narrow")
+        return columns // options["BV"], options
+
+    def new_sums(self) -> Tensor:
+        """Room for G of every chunk [n, HV, 1 or 2, C, K] (`running_sums`)."""
+        s = self.settings
+        return self.inputs["q"].new_empty(self.n_chunks, self.v_heads, 1 + s["EXACT"], s["C"], s["K"], dtype=torch.float32)
+
+    def gradient(self, name: str, channels: int, dtype: torch.dtype | None = None) -> Tensor:
+        """Room for the gradient of an input, one row a value head [M, HV, channels]: float32 where several heads' rows are to be summed."""
+        x = self.inputs[name]
+        grouped = x.shape[2] < self.v_heads
+        return x.new_empty(x.shape[1], self.v_heads, channels, dtype=dtype or (torch.float32 if grouped else x.dtype))
+
+    def only(self, *names: str) -> dict[str, Any]:
+        """The compile-time settings of these names."""
+        return {name: self.settings[name] for name in names}
+
+
+class Forward(NamedTuple):
+    """Outputs, and what the backward pass reads. Leading axes [n, HV]."""
+
+    o: Tensor  # [B, T, HV, V]
+    final: Tensor  # [N, HV, K, V]
+    A: Tensor  # [.., C, C]  (I + T)^-1
+    P: Tensor  # [.., C, C]
+    Y: Tensor  # [.., C, K]
+    R: Tensor  # [.., C, V]
+    Qg: Tensor  # [.., C, K]
+    Ktail: Tensor  # [.., C, K]
+    gamma: Tensor  # [.., K or 1]  decay over the chunk
+    S: Tensor  # [.., K, V]  states before the chunks
+
+
+def make_problem(q: Tensor, k: Tensor, v: Tensor, g: Tensor | None, b: Tensor | None, w: Tensor | None, cu_seqlens: Tensor | None) -> Problem:
+    """Everything that the launches of both passes share."""
+    batch, tokens, heads, k_dim = q.shape
+    v_heads, v_dim = v.shape[-2:]
+    rows = {name: as_rows(q if x is None else x) for name, x in (("q", q), ("k", k), ("v", v), ("g", g), ("b", b), ("w", w))}
+    exact = v.dtype == torch.float32
+    settings: dict[str, Any] = {f"S_{name.upper()}": x.stride(1) for name, x in rows.items()}
+    settings |= {name: 0 if x is None else 1 + (x.shape[-1] == full) for name, x, full in (("G", g, k_dim), ("B", b, k_dim), ("W", w, v_dim))}
+    settings |= {"HG": heads if g is None else g.shape[-2], "HB": heads if b is None else b.shape[-2]}
+    settings |= {"H": heads, "HV": v_heads, "K": k_dim, "V": v_dim, "C": CHUNK, "PACKED": cu_seqlens is not None}
+    settings |= {"EXACT": exact, "PRECISION": "tf32x3" if exact else "tf32"}
+    if cu_seqlens is None:
+        per_sequence = -(-tokens // CHUNK)
+        table: tuple[Tensor, Tensor, Tensor] = (q, q, q)  # not read
+        sequences, n_chunks = batch, batch * per_sequence
+    else:
+        per_sequence, sequences = 0, cu_seqlens.numel() - 1
+        first, start, length = device_chunks(cu_seqlens, tokens, CHUNK)
+        table, n_chunks = (first, start, length), most_chunks(tokens, sequences, CHUNK)
+    lengths = {"tokens": tokens, "per_sequence": per_sequence}
+    return Problem(rows, table, lengths, settings, sequences, n_chunks, v_heads, (k_dim, v_dim))
+
+
+def as_rows(x: Tensor) -> Tensor:
+    """x [B, T, H, X] as rows of tokens that a kernel can read: heads and channels contiguous, batch and time one axis; else a copy.
+
+    Returned as [1, M, H, X], whose stride 1 is that of a token.
+    """
+    batch, tokens, heads, channels = x.shape
+    dense = (channels == 1 or x.stride(3) == 1) and (heads == 1 or x.stride(2) == channels)
+    dense = dense and (batch == 1 or x.stride(0) == tokens * x.stride(1)) and x.stride(1) >= heads * channels
+    if not dense or x.stride(1) * CHUNK >= 2**31:  # inside a chunk offsets are 32 bit
+        x = x.contiguous()
+    stride = x.stride(1) if tokens > 1 else heads * channels
+    return x.as_strided((1, batch * tokens, heads, channels), (batch * tokens * stride, stride, channels, 1))
+
+
+def launch(q: Tensor, k: Tensor, v: Tensor, g: Tensor | None, b: Tensor | None, w: Tensor | None, scale: float, state: Tensor | None,
+           cu_seqlens: Tensor | None, save: bool) -> Forward:  # fmt: skip
+    """The forward pass; without `save` the states before the chunks are not kept."""
+    problem = make_problem(q, k, v, g, b, w, cu_seqlens)
+    chunks = intra(problem, scale)
+    return inter(problem, chunks, state, (*v.shape,), save)
+
+
+def intra(problem: Problem, scale: float) -> dict[str, Tensor]:
+    """(2.2): A, P, Y, U, Qg, Ktail and gamma of every chunk."""
+    from kernels.delta._triton.solve import solve_kernel
+
+    x, s, (k_dim, v_dim) = problem.inputs, problem.settings, problem.sizes
+    q, lead = x["q"], (problem.n_chunks, problem.v_heads)
+    P = q.new_empty(*lead, CHUNK, CHUNK)
+    sums, T = tree_scores(problem, P) if s["G"] == 2 else (q, q)
+    out = {
+        "P": P,
+        "A": q.new_empty(*lead, CHUNK, CHUNK) if s["B"] else q,
+        "Y": q.new_empty(*lead, CHUNK, k_dim) if s["B"] else q,
+        "U": q.new_empty(*lead, CHUNK, v_dim),
+        "Qg": q.new_empty(*lead, CHUNK, k_dim),
+        "Ktail": q.new_empty(*lead, CHUNK, k_dim),
+        "gamma": q.new_empty(*lead, k_dim if s["G"] == 2 else 1, dtype=torch.float32),
+    }
+    names = ("S_Q", "S_K", "S_V", "S_G", "S_B", "S_W", "H", "HV", "K", "V", "C", "G", "B", "W", "HG", "HB", "PACKED", "EXACT", "PRECISION")
+    solve_kernel[(problem.n_chunks * problem.v_heads,)](
+        *x.values(), *problem.chunks, sums, T, *out.values(), scale, **problem.numbers, **problem.only(*names), **problem.options("solve")
+    )
+    return out
+
+
+def tree_scores(problem: Problem, P: Tensor) -> tuple[Tensor, Tensor]:
+    """Section 3: the scores below the diagonal, of the queries to `P`; returns the running sums of g, and T."""
+    from kernels.delta._triton.scores import scores_kernel
+
+    x, s = problem.inputs, problem.settings
+    sums = problem.new_sums()
+    # the inverse takes its products in float16 (solve.py)
+    T = P.new_empty(P.shape, dtype=torch.float32 if s["EXACT"] else torch.float16) if s["B"] else P
+    names = ("S_Q", "S_K", "S_B", "S_G", "H", "HV", "HB", "HG", "B", "K", "C", "PACKED", "EXACT", "PRECISION")
+    scores_kernel[(problem.n_chunks * problem.v_heads,)](
+        x["q"], x["k"], x["b"], x["g"], *problem.chunks, sums, P, T, **problem.numbers, **problem.only(*names), **problem.options("scores")
+    )
+    return sums, T
+
+
+def inter(problem: Problem, chunks: dict[str, Tensor], state: Tensor | None, shape: tuple[int, ...], save: bool) -> Forward:
+    """(2.3) to (2.5): the serial pass. U's memory holds R afterwards if `save`."""
+    from kernels.delta._triton.state import state_kernel
+
+    v, (k_dim, v_dim) = problem.inputs["v"], problem.sizes
+    o = v.new_empty(shape)
+    states = v.new_empty(problem.n_chunks, problem.v_heads, k_dim, v_dim) if save else v
+    final = v.new_empty(problem.sequences, problem.v_heads, k_dim, v_dim, dtype=torch.float32)
+    programs, options = problem.serial_options("state")
+    c = chunks
+    state_kernel[(programs,)](
+        c["Y"], c["U"], c["P"], c["Qg"], c["Ktail"], c["gamma"], final if state is None else state.contiguous(), *problem.chunks, o, states, final,
+        **problem.lengths, S_O=problem.v_heads * v_dim, INITIAL=state is not None, SAVE=save,
+        **problem.only("HV", "K", "V", "C", "G", "B", "PACKED", "PRECISION"), **options,
+    )  # fmt: skip
+    return Forward(o, final, c["A"], c["P"], c["Y"], c["U"], c["Qg"], c["Ktail"], c["gamma"], states)

@@ -1,0 +1,109 @@
+"""The delta rule as a custom op of torch: opaque to tracing, with shapes for fake tensors and a backward pass of its own."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from kernels.delta.reference import CHUNK
+from kernels.varlen import most_chunks
+
+MAX_HEAD = 256  # a column block of the state has K rows, all in registers
+
+
+def refusal(q: Tensor, v: Tensor) -> str | None:
+    """Why the kernels cannot take these arguments; None if they can."""
+    if v.dtype == torch.float64:
+        return "float64 has no kernel"
+    return f"K = {q.shape[-1]} is above {MAX_HEAD}" if q.shape[-1] > MAX_HEAD else None
+
+
+def delta_rule(
+    q: Tensor, k: Tensor, v: Tensor, g: Tensor | None, b: Tensor | None, w: Tensor | None, scale: float, state: Tensor | None,
+    cu_seqlens: Tensor | None,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """`kernels.delta_rule` on Triton. Sizes without a kernel of their own are filled up with channels of zeros, which change nothing."""
+    k_dim, v_dim = q.shape[-1], v.shape[-1]
+    k_more, v_more = _padded(k_dim) - k_dim, _padded(v_dim) - v_dim
+    if k_more or v_more:
+        q, k, v = F.pad(q, (0, k_more)), F.pad(k, (0, k_more)), F.pad(v, (0, v_more))
+        g, b = (x if x is None or x.shape[-1] == 1 < k_dim else F.pad(x, (0, k_more)) for x in (g, b))
+        w = w if w is None or w.shape[-1] == 1 < v_dim else F.pad(w, (0, v_more))
+        state = None if state is None else F.pad(state, (0, v_more, 0, k_more))
+    differentiable = torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in (q, k, v, g, b, w, state))
+    o, final, *_ = torch.ops.lightning_mixers.delta_rule(q, k, v, g, b, w, scale, state, cu_seqlens, differentiable)
+    return (o[..., :v_dim], final[..., :k_dim, :v_dim]) if k_more or v_more else (o, final)
+
+
+def _padded(size: int) -> int:
+    return max(16, 1 << (size - 1).bit_length()) if size <= 64 else -(-size // 64) * 64 if size > MAX_HEAD else 1 << (size - 1).bit_length()
+
+
+@torch.library.custom_op("lightning_mixers::delta_rule", mutates_args=())
+def _forward(
+    q: Tensor, k: Tensor, v: Tensor, g: Tensor | None, b: Tensor | None, w: Tensor | None, scale: float, state: Tensor | None,
+    cu_seqlens: Tensor | None, save: bool,
+) -> list[Tensor]:  # fmt: skip
+    from kernels.delta import forward
+
+    done = forward.launch(q, k, v, g, b, w, scale, state, cu_seqlens, save)
+    return [x for x, shape in zip(done, _shapes(q, v, g, b, cu_seqlens, save), strict=True) if shape is not None]
+
+
+def _shapes(q: Tensor, v: Tensor, g: Tensor | None, b: Tensor | None, cu_seqlens: Tensor | None, save: bool) -> list[tuple[Any, ...] | None]:
+    """Shapes of the fields of `forward.Forward`; None for those that the op does not return."""
+    (batch, tokens, _, k_dim), (heads, v_dim) = q.shape, v.shape[-2:]
+    sequences = batch if cu_seqlens is None else cu_seqlens.numel() - 1
+    n = batch * (-(-tokens // CHUNK)) if cu_seqlens is None else most_chunks(tokens, sequences, CHUNK)
+    square, keys, values = (n, heads, CHUNK, CHUNK), (n, heads, CHUNK, k_dim), (n, heads, CHUNK, v_dim)
+    decay = (n, heads, k_dim if g is not None and g.shape[-1] == k_dim else 1)
+    kept = [None if b is None else square, square, None if b is None else keys, values, keys, keys, decay, (n, heads, k_dim, v_dim)]
+    return [(*v.shape,), (sequences, heads, k_dim, v_dim), *(kept if save else [None] * len(kept))]
+
+
+@_forward.register_fake
+def _(q, k, v, g, b, w, scale, state, cu_seqlens, save):  # type: ignore[no-untyped-def]  # noqa: ARG001
+    shapes = _shapes(q, v, g, b, cu_seqlens, save)
+    single = (1, 8)  # the fields in float32: the final state and gamma
+    return [v.new_empty(shape, dtype=torch.float32 if i in single else v.dtype) for i, shape in enumerate(shapes) if shape is not None]
+
+
+@torch.library.custom_op("lightning_mixers::delta_rule_backward", mutates_args=())
+def _backward(
+    q: Tensor, k: Tensor, v: Tensor, g: Tensor | None, b: Tensor | None, w: Tensor | None, scale: float, cu_seqlens: Tensor | None,
+    kept: list[Tensor], do: Tensor, dfinal: Tensor,
+) -> list[Tensor]:  # fmt: skip
+    from kernels.delta import backward
+    from kernels.delta.forward import Forward
+
+    present = [shape is not None for shape in _shapes(q, v, g, b, cu_seqlens, True)[2:]]
+    tensors = iter(kept)
+    saved = Forward(do, dfinal, *(next(tensors) if there else q for there in present))
+    gradients = backward.launch(q, k, v, g, b, w, scale, cu_seqlens, saved, do, dfinal)
+    return [x for x in gradients if x is not None]
+
+
+@_backward.register_fake
+def _(q, k, v, g, b, w, scale, cu_seqlens, kept, do, dfinal):  # type: ignore[no-untyped-def]  # noqa: ARG001
+    return [*(x.new_empty(x.shape) for x in (q, k, v, g, b, w) if x is not None), torch.empty_like(dfinal)]
+
+
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: list[Tensor]) -> None:
+    q, k, v, g, b, w, scale, state, cu_seqlens, _ = inputs
+    ctx.save_for_backward(q, k, v, g, b, w, cu_seqlens, *output[2:])
+    ctx.scale, ctx.has_state = scale, state is not None
+
+
+def _gradients(ctx: Any, gradients: list[Tensor]) -> tuple[Tensor | None, ...]:
+    q, k, v, g, b, w, cu_seqlens, *kept = ctx.saved_tensors
+    done = torch.ops.lightning_mixers.delta_rule_backward(q, k, v, g, b, w, ctx.scale, cu_seqlens, kept, gradients[0], gradients[1])
+    *by_input, dstate = done
+    left = iter(by_input)
+    dq, dk, dv, dg, db, dw = (None if x is None else next(left) for x in (q, k, v, g, b, w))
+    return dq, dk, dv, dg, db, dw, None, dstate if ctx.has_state else None, None, None
+
+
+_forward.register_autograd(_gradients, setup_context=_setup_context)

@@ -1,0 +1,49 @@
+"""The kernels as torch operators: opaque to the compiler, differentiable, with shapes known without running.
+
+Only the inputs are saved: the root mean square is a sum over a row that the backward pass reads anyway.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+@torch.library.custom_op("lightning_mixers::gated_rms_norm", mutates_args=())
+def gated_rms_norm(x: Tensor, gate: Tensor, weight: Tensor, eps: float) -> Tensor:
+    """y, x's shape and dtype, contiguous."""
+    from kernels.gated_norm import forward
+
+    return forward.gated_rms_norm(x, gate, weight, eps)
+
+
+@gated_rms_norm.register_fake
+def _(x: Tensor, gate: Tensor, weight: Tensor, eps: float) -> Tensor:  # noqa: ARG001
+    return x.new_empty(x.shape)
+
+
+@torch.library.custom_op("lightning_mixers::gated_rms_norm_backward", mutates_args=())
+def gated_rms_norm_backward(dy: Tensor, x: Tensor, gate: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of x, gate, weight, each in its tensor's dtype."""
+    from kernels.gated_norm import backward
+
+    return backward.gated_rms_norm(dy, x, gate, weight, eps)
+
+
+@gated_rms_norm_backward.register_fake
+def _(dy: Tensor, x: Tensor, gate: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor, Tensor]:  # noqa: ARG001
+    return x.new_empty(x.shape), gate.new_empty(gate.shape), weight.new_empty(weight.shape)
+
+
+def _setup(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:  # noqa: ARG001
+    *tensors, ctx.eps = inputs
+    ctx.save_for_backward(*tensors)
+
+
+def _backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
+    return (*gated_rms_norm_backward(dy, *ctx.saved_tensors, ctx.eps), None)
+
+
+gated_rms_norm.register_autograd(_backward, setup_context=_setup)

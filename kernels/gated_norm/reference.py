@@ -1,0 +1,16 @@
+"""The gated RMSNorm in plain torch. Any device; exact in float64; autograd does the backward pass."""
+
+from __future__ import annotations
+
+from functools import reduce
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+
+def gated_rms_norm(x: Tensor, gate: Tensor, weight: Tensor, eps: float) -> Tensor:
+    """x / sqrt(mean(x^2) + eps) * weight * SiLU(gate); x, gate [.., size], weight [size]. One rounding, at the end."""
+    wide = reduce(torch.promote_types, (x.dtype, gate.dtype, weight.dtype, torch.float32))
+    normed = F.rms_norm(x.to(wide), weight.shape, weight.to(wide), eps)
+    return (normed * F.silu(gate.to(wide))).to(x.dtype)

@@ -1,0 +1,15 @@
+"""Tiles of the kernels. The size of a row is the normalised size rounded up to a power of two."""
+
+from __future__ import annotations
+
+from kernels.tiles import Tile, TileTable
+
+# TILE entries are held at a time; a program does so STEPS times
+TILES = TileTable(
+    "gated_rms_norm",
+    safe={
+        "forward": Tile(num_warps=4, num_stages=1, blocks={"TILE": 4096, "STEPS": 1}),
+        "backward": Tile(num_warps=4, num_stages=1, blocks={"TILE": 2048, "STEPS": 16}),
+    },
+    tuned={},
+)

@@ -1,0 +1,68 @@
+"""What the subcommands of `bench` share: their arguments, and what they need before anything is timed."""
+
+from __future__ import annotations
+
+from argparse import Namespace
+from pathlib import Path
+
+import torch
+
+from mixers.base import at_least_one
+from mixers.errors import ConfigError, unknown
+from recipes.commands import bench_rows
+from recipes.commands.arguments import Arguments
+
+SHAPES = "8x2048,4x4096,2x8192,1x16384"
+DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
+OUT = Path("docs/benchmarks")
+
+
+def add_common(parser: Arguments, shapes: str = SHAPES) -> None:
+    """Arguments of every subcommand that times something."""
+    parser.add_argument("--shapes", default=shapes, help="batch x tokens, with commas between them (%(default)s)")
+    parser.add_argument("--dtype", default="bfloat16", help=f"of {', '.join(DTYPES)} (%(default)s)")
+    parser.add_argument("--baseline", default="", help="other implementations beside ours: fla, sdpa (default: none)")
+    parser.add_argument("--out", type=Path, default=OUT, help="folder whose CSV file the rows are added to (%(default)s)")
+    parser.add_argument("--commit", help="the commit that the rows name (default: what git says, or unknown)")
+    parser.add_argument("--budget_ms", type=float, default=1000.0, help="about how long a set of implementations is timed (%(default)s)")
+
+
+def shapes_of(text: str) -> list[tuple[int, int]]:
+    """ "8x2048,4x4096" as numbers."""
+    try:
+        shapes = [tuple(int(n) for n in shape.split("x")) for shape in text.split(",") if shape]
+    except ValueError:
+        shapes = []
+    if not shapes or any(len(shape) != 2 or min(shape) < 1 for shape in shapes):
+        raise ConfigError(f"shapes: must be batch x tokens with commas between them, such as 8x2048,1x16384, got {text!r}")
+    return [(batch, tokens) for batch, tokens in shapes]
+
+
+def numbers_of(**numbers: int) -> None:
+    """ConfigError for a number below 1."""
+    at_least_one(**numbers)
+
+
+def dtype_of(name: str) -> torch.dtype:
+    """The dtype behind a name."""
+    if name not in DTYPES:
+        raise unknown("dtype", "dtype", name, DTYPES)
+    return DTYPES[name]
+
+
+def needs_gpu() -> None:
+    """ConfigError where nothing can be timed."""
+    if not torch.cuda.is_available():
+        raise ConfigError("bench: needs a GPU that torch can use, and there is none here: see python -m recipes doctor")
+
+
+def prepare(given: Namespace) -> bench_rows.Machine:
+    """Checks what is needed before the first figure; the end of every row.
+
+    Raises:
+        ConfigError: there is no GPU, or the budget is no time.
+    """
+    if not given.budget_ms > 0:
+        raise ConfigError(f"budget_ms: must be > 0, got {given.budget_ms:g}")
+    needs_gpu()
+    return bench_rows.this_machine(given.commit)

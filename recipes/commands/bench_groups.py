@@ -1,0 +1,166 @@
+"""What `bench op` compares: for each op and shape our implementation and its peers on the same tensors, and the float64 results that prove it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import partial
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from kernels import causal_conv1d, delta_gates, delta_rule, gated_rms_norm
+from kernels.delta.reference import chunkwise
+from recipes.commands import bench_peers as peers
+from recipes.commands import problems
+from recipes.commands.bench_timing import Entry
+from recipes.commands.problems import Draw, Problem, Shape
+
+OPS = {"delta": "delta_rule", "conv": "causal_conv1d", "gates": "delta_gates", "norm": "gated_rms_norm"}
+OURS = "ours"
+Function = Callable[..., Any]
+
+
+class Group(NamedTuple):
+    """Implementations of one thing on the same tensors; the first is ours."""
+
+    entries: list[Entry]
+    exact: Function  # the same in float64, in plain torch
+    heads: tuple[int, ...] | None = None  # where only these heads of the last batch row are held against it; None: everything
+
+
+def groups(op: str, mixers: Sequence[str], shape: Shape, dtype: torch.dtype, baselines: Sequence[str], device: str = "cuda") -> Iterator[Group]:
+    """What is compared for an op at a shape, one group after the other."""
+    if op == "delta":
+        for i, mixer in enumerate(mixers):
+            yield _delta(mixer, shape, dtype, baselines, device, raw=False)
+            if i == 0 and "sdpa" in baselines:
+                yield _attention(shape, dtype, device)
+            yield _delta(mixer, shape, dtype, baselines, device, raw=True)
+        return
+    fla = "fla" in baselines
+    if op == "conv":
+        yield _conv(shape, dtype, device, fla)
+    elif op == "gates":
+        yield _gates(shape, dtype, device, fla)
+    else:
+        problem = problems.gated_rms_norm(shape, Draw(device)).to(dtype)
+        yield _group(problem, "gated_rms_norm", gated_rms_norm, [peers.fla_norm(problems.NORM_EPS)] if fla else [], keep=("eps",))
+
+
+def _delta(mixer: str, shape: Shape, dtype: torch.dtype, baselines: Sequence[str], device: str, *, raw: bool) -> Group:
+    """The recurrence from normalised queries and keys, or (raw) each side's own norm with it."""
+    exact = problems.delta_rule(mixer, shape, Draw(device))
+    if raw:
+        exact = exact._replace(leaves={n: 5 * x if n in ("q", "k") else x for n, x in exact.leaves.items()})
+    problem = exact.to(dtype)
+    leaves, shared = share_gate(mixer, problem.leaves)
+
+    def recurrence(function: Function, **given: Tensor) -> Any:
+        given = normed(given) if raw else given
+        return function(**given, **({"w": given["b"]} if shared else {}))[0]
+
+    ours, in_float64 = partial(recurrence, delta_rule), partial(recurrence, chunkwise)
+    what = f"{mixer}+norm" if raw else mixer
+    found = peers.fla_delta(mixer, norm_in_kernel=raw) if "fla" in baselines else None
+    implementations: list[peers.Peer] = [(OURS, ours), *([found] if found else [])]
+    entries = [Entry(what, name, function, _leaves(leaves), (problem.cotangents["o"],)) for name, function in implementations]
+    return Group(entries, in_float64, tuple({0, shape.heads - 1}))
+
+
+def share_gate(mixer: str, leaves: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], bool]:
+    """Where erase and write are one scalar (KDA, GDN), one tensor for both: `b`."""
+    shared = mixer in ("kda", "gdn", "deltanet")
+    return {name: x for name, x in leaves.items() if not (shared and name == "w")}, shared
+
+
+def normed(leaves: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Queries and keys divided by their length, as `causal_conv1d` does it in its own launch; here in plain torch."""
+
+    def norm(x: Tensor) -> Tensor:
+        wide = x.to(torch.promote_types(x.dtype, torch.float32))
+        return (wide * (wide.square().sum(-1, keepdim=True) + 1e-6).rsqrt()).to(x.dtype)
+
+    return {name: norm(x) if name in ("q", "k") else x for name, x in leaves.items()}
+
+
+def _leaves(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The same storage, differentiable on its own."""
+    return {name: x.detach().requires_grad_() for name, x in tensors.items()}
+
+
+def _attention(shape: Shape, dtype: torch.dtype, device: str) -> Group:
+    draw = Draw(device)
+    q, k, v = (draw.normal(shape.batch, shape.heads, shape.tokens, shape.dk).to(dtype) for _ in "qkv")
+    entry = Entry("attention", "torch sdpa", peers.attention, _leaves({"q": q, "k": k, "v": v}), (torch.randn_like(v),))
+    return Group([entry], peers.attention)
+
+
+def _group(problem: Problem, what: str, op: Function, found: list[peers.Peer], keep: tuple[str, ...] = ()) -> Group:
+    """An op whose arguments are the problem's; `keep` names options."""
+    options = {name: problem.options[name] for name in keep}
+    cotangents = tuple(problem.cotangents.values())
+    ours = _outputs(op, options, "auto")
+    entries = [Entry(what, OURS, ours, _leaves(problem.leaves), cotangents)]
+    entries += [Entry(what, name, function, _leaves(problem.leaves), cotangents) for name, function in found]
+    return Group(entries, _outputs(op, options, "reference"))
+
+
+def _outputs(op: Function, options: Mapping[str, Any], backend: str) -> Function:
+    """What an op returns without what is None, and without the state of the convolution."""
+
+    def run(**leaves: Tensor) -> tuple[Tensor, ...]:
+        found = op(**leaves, **options, backend=backend)
+        if op is causal_conv1d:
+            return (found[0],)
+        return tuple(x for x in found if x is not None) if isinstance(found, tuple) else (found,)
+
+    return run
+
+
+def _conv(shape: Shape, dtype: torch.dtype, device: str, fla: bool) -> Group:
+    problem = problems.causal_conv1d(shape, Draw(device)).to(dtype)
+    group = _group(problem, "conv+silu+norm", causal_conv1d, [], ("activation", "norm_size", "norm_channels"))
+    if not fla:
+        return group
+    name, function = peers.fla_conv(shape)
+    normed_channels = 2 * shape.heads * shape.dk
+    dy = problem.cotangents["y"]
+    apart = dy[..., :normed_channels].contiguous(), dy[..., normed_channels:].contiguous()
+    return group._replace(entries=[*group.entries, Entry("conv+silu+norm", name, function, _leaves(problem.leaves), apart)])
+
+
+def _gates(shape: Shape, dtype: torch.dtype, device: str, fla: bool) -> Group:
+    problem = problems.delta_gates("gdn2", shape, Draw(device)).to(dtype)
+    return _group(problem, "gates", delta_gates, [peers.fla_gates()] if fla else [])
+
+
+# --- proof ---
+
+
+def results(entry: Entry) -> dict[str, Tensor]:
+    """Outputs and gradients of an implementation."""
+    outputs = entry.outputs()
+    gradients = torch.autograd.grad(outputs, list(entry.leaves.values()), list(entry.cotangents))
+    named = {f"d{name}": x for name, x in zip(entry.leaves, gradients, strict=True)}
+    return {f"out{i}": x.detach() for i, x in enumerate(outputs)} | named
+
+
+def expected(group: Group) -> dict[str, Tensor]:
+    """The float64 results, of the heads that the group names."""
+    ours = group.entries[0]
+    leaves = {name: cut(group, x).double().requires_grad_() for name, x in ours.leaves.items()}
+    cotangents = tuple(cut(group, x).double() for x in ours.cotangents)
+    return results(Entry(ours.what, "float64", group.exact, leaves, cotangents))
+
+
+def cut(group: Group, x: Tensor) -> Tensor:
+    """What of a tensor [B, T, H, ..] is held against float64."""
+    return x.detach() if group.heads is None else x.detach()[-1:, :, list(group.heads)]
+
+
+def errors_of(group: Group, exact: Mapping[str, Tensor], entry: Entry) -> dict[str, float]:
+    """The error of each tensor of an implementation; outputs that it cuts otherwise than ours are left out."""
+    found = {name: cut(group, x) for name, x in results(entry).items()}
+    same_outputs = len(entry.cotangents) == len(group.entries[0].cotangents)
+    return problems.errors(found, {name: x for name, x in exact.items() if same_outputs or not name.startswith("out")})

@@ -1,0 +1,119 @@
+"""`bench plot`: writes docs/benchmarks.md and its plots from the committed rows."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Iterable
+from pathlib import Path
+
+from recipes.commands import bench_rows
+from recipes.commands.arguments import Arguments
+from recipes.commands.bench_arguments import OUT
+from recipes.commands.bench_rows import Row
+
+KINDS = {
+    "op": "The ops",
+    "layer": "A whole GDN-2 layer, under autocast",
+    "decode": "One token of decoding",
+}
+INTRO = """# Benchmarks
+
+Written by `python -m recipes bench plot` from the rows in `benchmarks/`, which `python -m recipes bench op`, `layer` and `decode` add to. The
+newest row of each implementation and shape is shown. Implementations that stand together were timed in one process on the same tensors, in turns,
+with cold caches; times are medians. A kernel whose results at a shape are not those of the float64 reference gets no row. `gdn2` begins with
+normalised queries and keys; `gdn2+norm` begins with raw ones and times each side's own norm with the op.
+"""
+NOTHING = "\nNo rows yet: they are measured on a GPU.\n"
+
+
+def run(argv: list[str]) -> int:
+    """Writes the page and the plots beside the folder of rows."""
+    given = _parser().parse_args(argv)
+    page = write(given.out, given.page)
+    print(f"wrote {page}")
+    return 0
+
+
+def write(rows_folder: Path, page: Path) -> Path:
+    """The page, with one plot for each GPU that has rows of several lengths."""
+    text = [INTRO]
+    for kind, title in KINDS.items():
+        by_gpu: dict[str, list[Row]] = defaultdict(list)
+        for row in newest(bench_rows.read(rows_folder, kind)):
+            by_gpu[row.gpu].append(row)
+        for gpu, rows in by_gpu.items():
+            text += [f"\n## {title}, {gpu}\n"]
+            plot = page.with_name(f"benchmarks_{bench_rows.slug(gpu)}.png")
+            if kind == "op" and draw(rows, plot):
+                text += [f"\n![Forward and backward over the length of a sequence]({plot.name})\n"]
+            text += ["\n", table(rows)]
+    page.parent.mkdir(parents=True, exist_ok=True)
+    page.write_text("".join([*text, NOTHING] if len(text) == 1 else text), encoding="utf-8")
+    return page
+
+
+def newest(rows: Iterable[Row]) -> list[Row]:
+    """The last row of every implementation, shape and GPU."""
+    return list({(row.gpu, *row[:8]): row for row in rows}.values())
+
+
+def table(rows: list[Row]) -> str:
+    """Rows as Markdown, sorted by what they time."""
+    names = (
+        "what",
+        "impl",
+        "batch x tokens",
+        "heads",
+        "K, V",
+        "dtype",
+        "forward ms",
+        "forward + backward ms",
+        "memory MiB",
+        "first call s",
+        "versions",
+    )
+    lines = [f"| {' | '.join(names)} |", f"|{'---|' * len(names)}"]
+    for row in sorted(rows, key=lambda r: (r.what, r.tokens, r.batch)):
+        versions = f"torch {row.torch}, triton {row.triton}, {row.commit}, {row.date}"
+        sizes = (f"{row.batch} x {row.tokens:,}", row.heads, f"{row.dk}, {row.dv}", row.dtype)
+        cells = (row.what, row.impl, *sizes, row.fwd_ms, row.fwd_bwd_ms, row.extra_mib, row.first_call_s, versions)
+        lines.append(f"| {' | '.join(map(str, cells))} |")
+    return "\n".join(lines) + "\n"
+
+
+def curves(rows: Iterable[Row]) -> tuple[int, dict[str, list[tuple[int, float]]]]:
+    """Tokens in all, and by implementation (length, forward + backward ms): of the number of tokens that has most lengths."""
+    by_tokens: dict[int, dict[str, dict[int, float]]] = defaultdict(lambda: defaultdict(dict))
+    for row in rows:
+        if row.fwd_bwd_ms and not row.what.endswith("+norm"):
+            by_tokens[row.batch * row.tokens][f"{row.what}, {row.impl}"][row.tokens] = float(row.fwd_bwd_ms)
+    if not by_tokens:
+        return 0, {}
+    total = max(by_tokens, key=lambda n: (max(map(len, by_tokens[n].values())), n))
+    return total, {name: sorted(points.items()) for name, points in by_tokens[total].items() if len(points) > 1}
+
+
+def draw(rows: list[Row], path: Path) -> bool:
+    """Time over the length of a sequence at a fixed number of tokens; False if no implementation has two lengths."""
+    total, lines = curves(rows)
+    if not lines:
+        return False
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(7, 4.5), layout="constrained")
+    axes = figure.subplots()
+    for name, points in sorted(lines.items()):
+        axes.plot(*zip(*points, strict=True), marker="o", markersize=3.5, linestyle="-" if ", ours" in name else "--", label=name)
+    axes.set(xscale="log", yscale="log", xlabel=f"tokens in a sequence, {total:,} in all", ylabel="forward + backward, ms", title=rows[0].gpu)
+    axes.set_xscale("log", base=2)
+    axes.grid(alpha=0.3)
+    axes.legend(fontsize=8)
+    figure.savefig(path, dpi=110, metadata={"Software": None})
+    return True
+
+
+def _parser() -> Arguments:
+    parser = Arguments("python -m recipes bench plot", "Writes docs/benchmarks.md and its plots from the rows.")
+    parser.add_argument("--out", type=Path, default=OUT, help="folder of the rows (%(default)s)")
+    parser.add_argument("--page", type=Path, default=OUT.parent / "benchmarks.md", help="the page (%(default)s); plots lie beside it")
+    return parser

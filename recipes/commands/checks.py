@@ -1,0 +1,181 @@
+"""What proves the kernels on a machine: a table of small problems, each run on the backend that a training would use and held against float64."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator
+from functools import partial
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+import kernels
+from kernels import backend as backends
+from kernels.delta.reference import recurrent
+from recipes.commands import problems
+from recipes.commands.problems import Draw, Problem, Shape
+
+# of the largest entry of each tensor: above what rounding does in these dtypes (docs/numerics.md), far below what a wrong kernel does
+TOLERANCE = {torch.float32: 3e-5, torch.float16: 5e-3, torch.bfloat16: 4e-2}
+HEAD_SIZES = (32, 64, 128, 256)
+FULL_SIZES = (128,)
+LONG = 4096  # tokens of the one long sequence
+
+
+class Check(NamedTuple):
+    """One problem for each head size and dtype."""
+
+    name: str
+    op: str
+    make: Callable[[int], Problem]  # of a head size, in float64 on the CPU
+    sizes: tuple[int, ...] = FULL_SIZES
+    mixer: str | None = None  # whose gate widths these are; None: of no one mixer
+
+
+class Trial(NamedTuple):
+    """A check at one head size in one dtype."""
+
+    check: Check
+    size: int
+    dtype: torch.dtype
+
+    @property
+    def label(self) -> str:
+        return f"{self.check.op}: {self.check.name}, head size {self.size}, {str(self.dtype).removeprefix('torch.')}"
+
+
+class Result(NamedTuple):
+    """What came of a trial."""
+
+    label: str
+    passed: bool
+    worst: float | None  # error of the worst tensor; None if nothing was computed
+    note: str  # the worst tensor, why nothing was computed, or what was raised
+
+
+def _small(size: int, groups: int = 1) -> Shape:
+    return Shape(2, 130, 2, size, size, groups)
+
+
+def _layer(size: int) -> Shape:
+    """As wide as a layer: the tiles of some ops depend on all channels."""
+    return Shape(1, 150, 16, size, size)
+
+
+def _delta(n: int, *, mixer: str) -> Problem:
+    return problems.delta_rule(mixer, _small(n), Draw(), extreme=True, state=True)
+
+
+def _packed(n: int) -> Problem:
+    return problems.delta_rule("gdn2", _small(n, 2), Draw(seed=1), packed=True, state=True)
+
+
+def _long(n: int) -> Problem:
+    """The kernels may cut it into segments."""
+    return problems.delta_rule("gdn2", Shape(1, LONG, 1, n, n), Draw(seed=2))
+
+
+def _many(n: int) -> Problem:
+    """As many sequences as make the serial passes take their wide tiles."""
+    return problems.delta_rule("gdn2", Shape(16, 70, 4, n, n), Draw(seed=4))
+
+
+def _step(n: int, *, batch: int) -> Problem:
+    return problems.delta_rule_step("gdn2", Shape(batch, 1, 16, n, n), Draw(seed=3))
+
+
+def _taps(make: Callable[..., Problem], n: int, *, taps: int) -> Problem:
+    return make(_layer(n), Draw(seed=taps), taps=taps)
+
+
+def _gates(n: int, *, mixer: str) -> Problem:
+    return problems.delta_gates(mixer, _layer(n), Draw(), extreme=True)
+
+
+def _table() -> Iterator[Check]:
+    for mixer in problems.WIDTHS:
+        yield Check(f"{mixer}, extreme gates", "delta_rule", partial(_delta, mixer=mixer), HEAD_SIZES if mixer == "gdn2" else FULL_SIZES, mixer)
+    yield Check("gdn2, packed, grouped heads", "delta_rule", _packed, mixer="gdn2")
+    yield Check("gdn2, one long sequence", "delta_rule", _long, mixer="gdn2")
+    yield Check("gdn2, many sequences", "delta_rule", _many, mixer="gdn2")
+    yield Check("gdn2, one token", "delta_rule_step", lambda n: problems.delta_rule_step("gdn2", _small(n), Draw(), extreme=True), HEAD_SIZES)
+    for batch in (8, 72):  # of 16 heads: the kernel's blocks depend on how many states there are
+        yield Check(f"gdn2, one token of {batch} sequences", "delta_rule_step", partial(_step, batch=batch))
+    yield Check("kda, one token", "delta_rule_step", lambda n: problems.delta_rule_step("kda", _small(n, 2), Draw()))
+    yield Check("SiLU and norm, packed", "causal_conv1d", lambda n: problems.causal_conv1d(_layer(n), Draw(), packed=True, state=True), HEAD_SIZES)
+    yield Check("SiLU", "causal_conv1d", lambda n: problems.causal_conv1d(_layer(n), Draw(), norm=False))
+    for taps in (2, 3):
+        yield Check(f"{taps} taps", "causal_conv1d", partial(_taps, problems.causal_conv1d, taps=taps))
+        yield Check(f"{taps} taps, one token", "causal_conv1d_step", partial(_taps, problems.causal_conv1d_step, taps=taps))
+    yield Check("one token", "causal_conv1d_step", lambda n: problems.causal_conv1d_step(_layer(n), Draw()), HEAD_SIZES)
+    for mixer in ("gdn2", "kda", "gdn"):
+        yield Check(f"{mixer}, extreme inputs", "delta_gates", partial(_gates, mixer=mixer), HEAD_SIZES if mixer == "gdn2" else FULL_SIZES)
+    yield Check("SiLU gate", "gated_rms_norm", lambda n: problems.gated_rms_norm(_layer(n), Draw()), HEAD_SIZES)
+
+
+CHECKS: tuple[Check, ...] = tuple(_table())
+
+
+def ops() -> list[str]:
+    """The public ops that this version has."""
+    return [op for op in problems.OUTPUTS if hasattr(kernels, op)]
+
+
+def select(
+    found: Iterable[str] | None = None,
+    dtypes: Iterable[torch.dtype] = tuple(TOLERANCE),
+    sizes: Iterable[int] | None = None,
+    mixers: Iterable[str] | None = None,
+) -> list[Trial]:
+    """The trials of some ops (None: all there are), dtypes, head sizes and mixers (None: all).
+
+    float16 shares its tiles with bfloat16 and is tried at one head size only, unless it is the only dtype.
+    """
+    legal, wanted, chosen = set(ops() if found is None else found), tuple(dtypes), None if mixers is None else set(mixers)
+    of = [check for check in CHECKS if check.op in legal and (check.mixer is None or chosen is None or check.mixer in chosen)]
+    trials = [Trial(check, size, dtype) for check in of for size in check.sizes for dtype in wanted]
+    if len(wanted) > 1:
+        trials = [trial for trial in trials if trial.dtype != torch.float16 or trial.size in FULL_SIZES]
+    near = None if sizes is None else {min((n for n in HEAD_SIZES if n >= size), default=max(HEAD_SIZES)) for size in sizes}
+    return [trial for trial in trials if near is None or trial.size in near or len(trial.check.sizes) == 1]
+
+
+def find(label: str) -> Trial:
+    """The trial of a label."""
+    everything = (Trial(check, size, dtype) for check in CHECKS for size in check.sizes for dtype in TOLERANCE)
+    return next(trial for trial in everything if trial.label == label)
+
+
+def oracle(problem: Problem) -> dict[str, Tensor]:
+    """The float64 results: the recurrence itself for the delta rule, the plain-torch reference for the others."""
+    exact = problem.to(torch.float64)
+    function = problems.call(exact, "reference")
+    if problem.op == "delta_rule" and exact.leaves["q"].shape[1] < LONG:  # beyond, the reference, which `make test` holds against the recurrence
+        return problems.run(exact, lambda **leaves: recurrent(**leaves, **exact.options))
+    return problems.run(exact, function)
+
+
+def attempt(trial: Trial, device: torch.device) -> Result:
+    """Runs a trial on `device`: on its kernels if they take it, else on the reference."""
+    problem = trial.check.make(trial.size).to(trial.dtype)
+    wanted = "auto" if backends.why_not(trial.check.op, device) or device.type == "cpu" else "triton"
+    there = problem.to(trial.dtype, device)
+    try:
+        got = problems.run(there, problems.call(there, wanted))
+    except NotImplementedError as error:  # the kernels refuse this dtype or size: "auto" takes the reference there
+        return Result(trial.label, True, None, f"runs on the reference: {error}")
+    except Exception as error:  # a compiler that fails raises whatever it likes; it is the answer that was asked for
+        return Result(trial.label, False, None, f"{type(error).__name__}: {' '.join(str(error).split())[:200]}")
+    return judge(trial, {name: x.cpu() for name, x in got.items()}, oracle(problem))
+
+
+def judge(trial: Trial, got: dict[str, Tensor], expected: dict[str, Tensor]) -> Result:
+    """The result of a trial that ran."""
+    errors = problems.errors(got, expected)
+    worst = max(errors, key=lambda name: errors[name])
+    return Result(trial.label, errors[worst] <= TOLERANCE[trial.dtype], errors[worst], worst)
+
+
+def quick() -> list[Trial]:
+    """Trials for a machine without a GPU: every check once, on the reference, with small heads."""
+    return [Trial(check, 16, torch.float32) for check in CHECKS if check.op in ops()]

@@ -1,0 +1,144 @@
+"""What `doctor` found on a GPU, kept for the next time: a file for each (GPU, Triton, source of the kernels) in the user's cache folder."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import signal
+from collections.abc import Callable, Generator, Iterable, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from multiprocessing import get_context
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+
+import kernels
+from recipes.commands import checks
+from recipes.commands.checks import Result, Trial
+from recipes.commands.machine import triton_version
+
+PROCESSES = min(8, os.cpu_count() or 1)
+
+
+class Key(NamedTuple):
+    """What a verdict holds for."""
+
+    gpu: str
+    triton: str
+    sources: str  # hash of every Python file of `kernels`
+
+
+def key_of(device: torch.device) -> Key:
+    """The key of a machine's device."""
+    gpu = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
+    return Key(gpu, triton_version() or "none", sources_hash(Path(kernels.__file__).parent))
+
+
+def sources_hash(folder: Path) -> str:
+    """A hash of the names and contents of all Python files below a folder."""
+    digest = hashlib.sha256()
+    for path in sorted(folder.rglob("*.py")):
+        digest.update(f"{path.relative_to(folder).as_posix()}\0".encode() + path.read_bytes() + b"\0")
+    return digest.hexdigest()[:16]
+
+
+def cache_folder() -> Path:
+    """Where verdicts lie."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "lightning-mixers" / "doctor"
+
+
+def cache_file(key: Key) -> Path:
+    """The file of a key."""
+    return cache_folder() / f"{hashlib.sha256(json.dumps(key).encode()).hexdigest()[:16]}.json"
+
+
+def load(key: Key) -> dict[str, Result]:
+    """The known results by label; none where there is no file, or one that cannot be read or is of another key."""
+    try:
+        content = json.loads(cache_file(key).read_text(encoding="utf-8"))
+        if Key(*content["key"]) != key:
+            return {}
+        return {label: Result(label, bool(passed), worst, str(note)) for label, (passed, worst, note) in content["results"].items()}
+    except (OSError, ValueError, TypeError, KeyError):
+        return {}
+
+
+def save(key: Key, results: Iterable[Result]) -> bool:
+    """Adds results to those that are known. False where nothing can be written: then they are found afresh the next time."""
+    known = load(key) | {result.label: result for result in results}
+    content = {"key": key, "results": {label: (r.passed, r.worst, r.note) for label, r in known.items()}}
+    file = cache_file(key)
+    try:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        partial = file.with_suffix(f".{os.getpid()}")
+        partial.write_text(json.dumps(content, indent=1), encoding="utf-8")
+        partial.replace(file)
+    except OSError:
+        return False
+    return True
+
+
+def attempts(trials: Sequence[Trial], device: torch.device) -> Generator[Result, None, None]:
+    """The results of trials, one after the other. On a GPU several processes share them: nearly all the time goes into compiling."""
+    if device.type == "cuda" and PROCESSES > 1 and len(trials) > 1:
+        yield from in_processes(trials, device, min(PROCESSES, len(trials)))
+    else:
+        yield from (checks.attempt(trial, device) for trial in trials)
+
+
+def in_processes(trials: Sequence[Trial], device: torch.device, processes: int) -> Generator[Result, None, None]:
+    """As `attempts`. A trial that fails is tried again in this process, whose word counts: others may find no room on the GPU."""
+    pool = ProcessPoolExecutor(processes, mp_context=get_context("spawn"), initializer=_begin, initargs=(device,))
+    try:
+        futures = [pool.submit(_attempt, trial.label, device) for trial in trials]
+        for trial, future in zip(trials, futures, strict=True):
+            try:
+                result = future.result()
+            except BrokenProcessPool:
+                result = None
+            yield result if result is not None and result.passed else checks.attempt(trial, device)
+    finally:
+        pool.shutdown(cancel_futures=True)
+
+
+def _begin(device: torch.device) -> None:
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the process that waits
+    torch.set_num_threads(1)
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+
+
+def _attempt(label: str, device: torch.device) -> Result:
+    return checks.attempt(checks.find(label), device)
+
+
+def prove(
+    trials: Iterable[Trial],
+    device: torch.device,
+    *,
+    recheck: bool = False,
+    say: Callable[[Result, bool], object] | None = None,
+) -> list[Result]:
+    """The results of trials, known or found now. `say` is called with each and whether it was known.
+
+    Only passed trials count as known: one that failed is tried again.
+    """
+    key = key_of(device)
+    kept = device.type == "cuda"  # the reference takes seconds
+    known = {label: result for label, result in load(key).items() if result.passed} if kept and not recheck else {}
+    trials, results = list(trials), []
+    fresh = attempts([trial for trial in trials if trial.label not in known], device)
+    try:
+        for trial in trials:
+            result = known[trial.label] if trial.label in known else next(fresh)
+            if say is not None:
+                say(result, trial.label in known)
+            results.append(result)
+    finally:  # what was found is kept when Ctrl-C ends the rest
+        fresh.close()
+        if kept:
+            save(key, results)
+    return results

@@ -1,0 +1,75 @@
+"""The page that `make test-gpu` writes: what was tested where, how it went, what took longest."""
+
+from __future__ import annotations
+
+import subprocess
+from collections import Counter, defaultdict
+from collections.abc import Iterable
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import NamedTuple
+
+ROOT = Path(__file__).parents[2]
+OUTCOMES = ("passed", "failed", "error", "skipped")
+SLOWEST = 15
+
+
+class Outcome(NamedTuple):
+    """What came of one phase of a test that counts."""
+
+    test: str  # path::name
+    outcome: str
+    seconds: float
+
+
+class Facts(NamedTuple):
+    """Where the tests ran."""
+
+    gpu: str
+    driver: str
+    torch: str
+    triton: str
+    commit: str
+    date: str
+
+
+def facts(commit: str | None = None) -> Facts:
+    """Those of this machine."""
+    import torch
+    import triton
+
+    from recipes.commands.machine import driver_version
+
+    gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else "none"
+    driver = driver_version(Path("/proc/driver/nvidia/version")) or "none"
+    return Facts(gpu, driver, torch.__version__, triton.__version__, commit or _commit(), datetime.now(UTC).date().isoformat())
+
+
+def _commit() -> str:
+    try:
+        found = subprocess.run(["git", "describe", "--always", "--dirty", "--exclude", "*"], cwd=ROOT, capture_output=True, text=True)
+    except OSError:
+        return "unknown"
+    return found.stdout.strip() if found.returncode == 0 else "unknown"
+
+
+def page(where: Facts, outcomes: Iterable[Outcome], seconds: float, processes: int) -> str:
+    """Markdown."""
+    outcomes = list(outcomes)
+    by_file: dict[str, Counter[str]] = defaultdict(Counter)
+    for one in outcomes:
+        by_file[one.test.partition("::")[0]][one.outcome] += 1
+    total = Counter(one.outcome for one in outcomes)
+    verdict = "FAILED" if total["failed"] + total["error"] else "passed" if total["passed"] else "nothing was tested"
+    lines = ["# Tests on a GPU", "", f"Written by `make test-gpu`. The kernels' tests, on the GPU: **{verdict}**.", ""]
+    names = {"commit": where.commit, "date": where.date, "GPU": where.gpu, "driver": where.driver, "torch": where.torch, "triton": where.triton}
+    lines += ["| | |", "|---|---|", *(f"| {name} | {value} |" for name, value in names.items())]
+    lines += [f"| duration | {seconds:.0f} s in {processes} processes |", ""]
+    lines += [f"| file | {' | '.join(OUTCOMES)} |", f"|---|{'---:|' * len(OUTCOMES)}"]
+    lines += [f"| {file} | {' | '.join(str(counts[o]) for o in OUTCOMES)} |" for file, counts in sorted(by_file.items())]
+    lines += [f"| **all** | {' | '.join(str(total[o]) for o in OUTCOMES)} |", ""]
+    broken = sorted({one.test for one in outcomes if one.outcome in ("failed", "error")})
+    lines += ["Failed:", "", *(f"- `{test}`" for test in broken), ""] if broken else []
+    slow = sorted((one for one in outcomes if one.outcome != "skipped"), key=lambda one: -one.seconds)[:SLOWEST]
+    lines += ["| slowest | seconds |", "|---|---:|", *(f"| `{one.test}` | {one.seconds:.1f} |" for one in slow)] if slow else []
+    return "\n".join(lines).rstrip() + "\n"
