@@ -37,21 +37,26 @@ def state_gradients(
 
 @triton.jit
 def add_level(
-    dq, de, dk, q, k, e, dP, dT, sums, at, h: tl.constexpr, B: tl.constexpr, K: tl.constexpr, C: tl.constexpr, BK: tl.constexpr,
+    dq, de, dk, q, k, e, dP, dT, sums, at, level, B: tl.constexpr, K: tl.constexpr, C: tl.constexpr, BK: tl.constexpr,
     EXACT: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """Adds (4.6) between the halves of the blocks of 2h rows; dP and dT are zero outside of these blocks."""
+    """Adds (4.6) between the halves of the blocks of 2h rows, h = 2^level; pointers dP and dT [C, C]."""
     r, c = tl.arange(0, C), tl.arange(0, BK)
-    dtype = dP.dtype
-    x = tl.exp2(-tl.abs(between(sums + at, r, (r // (2 * h)) * (2 * h) + h - 1, c, K, C, EXACT)))  # x(r, a) or x(a, s), by the row's half
-    upper = ((r // h) % 2 == 1)[:, None]
+    square = r[:, None] * C + r[None, :]
+    dtype = dP.dtype.element_ty
+    anchor = ((r >> (level + 1)) << (level + 1)) + (1 << level) - 1
+    x = tl.exp2(-tl.abs(between(sums + at, r, anchor, c, K, C, EXACT)))  # x(r, a) or x(a, s), by the row's half
+    upper = ((r >> level) & 1 == 1)[:, None]
     x_u, x_l = tl.where(upper, x, 0.0), tl.where(upper, 0.0, x)
+    block = (r[:, None] ^ r[None, :]) >> level < 2
     k_l, q_u = (k * x_l).to(dtype), (q * x_u).to(dtype)
-    dq += tl.dot(dP, k_l, input_precision=PRECISION) * x_u
-    dk_l = tl.dot(tl.trans(dP), q_u, input_precision=PRECISION)
+    d = tl.where(block, tl.load(dP + square), 0.0).to(dtype)
+    dq += tl.dot(d, k_l, input_precision=PRECISION) * x_u
+    dk_l = tl.dot(tl.trans(d), q_u, input_precision=PRECISION)
     if B:
-        de += tl.dot(dT, k_l, input_precision=PRECISION) * x_u
-        dk_l = tl.dot(tl.trans(dT), (e * x_u).to(dtype), dk_l, input_precision=PRECISION)
+        d = tl.where(block, tl.load(dT + square), 0.0).to(dtype)
+        de += tl.dot(d, k_l, input_precision=PRECISION) * x_u
+        dk_l = tl.dot(tl.trans(d), (e * x_u).to(dtype), dk_l, input_precision=PRECISION)
     dk += dk_l * x_l
     return dq, de, dk
 
@@ -113,17 +118,16 @@ def dscores_kernel(
             from_start, to_end = from_start[:, None], to_end[:, None]
         dq_c, de_c, dk_c = dq_c * from_start, de_c * from_start, dk_c * to_end
         dtotal = total * dgamma + tl.sum(k_c * dk_c, 0)
-    dP_c = tl.load(dP + at * C * C + square)
-    dT_c = dP_c
-    if B:
-        dT_c = tl.load(dT + at * C * C + square)
+    dP += at * C * C
+    dT += at * C * C
     if G == 2:
-        apart = r[:, None] ^ r[None, :]
-        for level in tl.static_range(6):  # from the largest blocks to the smallest, and what is left of dP and dT with them
-            dP_c = tl.where(apart < 64 >> level, dP_c, 0.0).to(dP_c.dtype)
-            dT_c = tl.where(apart < 64 >> level, dT_c, 0.0).to(dP_c.dtype)
-            dq_c, de_c, dk_c = add_level(dq_c, de_c, dk_c, q_c, k_c, e_c, dP_c, dT_c, sums, ck, 32 >> level, B, K, C, BK, EXACT, PRECISION)
+        for level in range(6):
+            dq_c, de_c, dk_c = add_level(dq_c, de_c, dk_c, q_c, k_c, e_c, dP, dT, sums, ck, level, B, K, C, BK, EXACT, PRECISION)
     else:
+        dP_c = tl.load(dP + square)
+        dT_c = dP_c
+        if B:
+            dT_c = tl.load(dT + square)
         dq_c, de_c, dk_c = plain_gradients(dq_c, de_c, dk_c, q_c, k_c, e_c, dP_c, dT_c, B, PRECISION)
     token = start * HV + head  # of results
     to = token * K + ck + (r[:, None] * (HV * K) + c[None, :])
@@ -134,8 +138,7 @@ def dscores_kernel(
         if G == 2:
             dg_c = tl.cumsum(dG, 0, reverse=True) + dtotal[None, :]
             tl.store(dg + to, dg_c.to(dg.dtype.element_ty), mask=inside)
-            dP_c = tl.load(dP + at * C * C + square).to(tl.float32)
-            diagonal = tl.sum(tl.where(r[:, None] == r[None, :], dP_c, 0.0), 1)[:, None]  # it has no decay
+            diagonal = tl.load(dP + r * (C + 1)).to(tl.float32)[:, None]  # it has no decay
             dq_c += diagonal * k_c
             dk_c += diagonal * q_c
         else:
