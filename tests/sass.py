@@ -26,7 +26,11 @@ def instructions(cubin: bytes) -> Iterator[tuple[str, list[str]]]:
 
 
 def never_written(code: Iterator[tuple[str, list[str]]]) -> list[str]:
-    """The instructions that read a uniform register which none before them writes."""
+    """The instructions that read a uniform register which none before them writes.
+
+    In the order of the code, whatever its branches: an earlier value in the register hides the fault. What is found is wrong; nothing found proves
+    nothing.
+    """
     written: set[int] = set()
     found = []
     for operation, operands in code:

@@ -60,11 +60,11 @@ def test_fit_refuses_wrong_kernels(here: Path, monkeypatch: pytest.MonkeyPatch, 
 def test_only_a_training_on_a_gpu_is_checked(monkeypatch: pytest.MonkeyPatch) -> None:
     from jsonargparse import Namespace
 
-    assert gpu_ready.device_of(Namespace(accelerator="auto")) is None
+    assert gpu_ready.device_of(Namespace(accelerator="auto", devices="auto")) is None
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "current_device", lambda: 1)
-    assert gpu_ready.device_of(Namespace(accelerator="cpu")) is None
-    assert gpu_ready.device_of(Namespace(accelerator="auto")) == torch.device("cuda", 1)
+    assert gpu_ready.device_of(Namespace(accelerator="cpu", devices=1)) is None
+    assert gpu_ready.device_of(Namespace(accelerator="auto", devices="auto")) == torch.device("cuda", 1)
 
 
 class Fragile(SequenceMixer[Any]):

@@ -43,8 +43,9 @@ class Problem(NamedTuple):
     def serial_options(self, kernel: str) -> tuple[int, dict[str, int]]:
         """The programs and the options of a pass over chunks: one a sequence, head and block of value columns."""
         columns = self.sequences * self.v_heads * self.sizes[1]
-        wide = self.options(kernel)
-        options = wide if columns // wide["BV"] >= FEW_PROGRAMS else self.options(kernel + "_narrow")
+        options = self.options(kernel)
+        if self.settings["PACKED"] or columns // options["BV"] < FEW_PROGRAMS:  # one tile for any number of documents: a new one compiles nothing
+            options = self.options(kernel + "_narrow")
         return columns // options["BV"], options
 
     def new_sums(self) -> Tensor:
@@ -95,7 +96,7 @@ def make_problem(q: Tensor, k: Tensor, v: Tensor, g: Tensor | None, b: Tensor | 
         sequences, n_chunks = batch, batch * per_sequence
     else:
         per_sequence, sequences = 0, cu_seqlens.numel() - 1
-        first, start, length = device_chunks(cu_seqlens, tokens, CHUNK)
+        first, start, length = device_chunks(cu_seqlens.to(q.device), tokens, CHUNK)
         table, n_chunks = (first, start, length), most_chunks(tokens, sequences, CHUNK)
     lengths = {"tokens": tokens, "per_sequence": per_sequence}
     return Problem(rows, table, lengths, settings, sequences, n_chunks, v_heads, (k_dim, v_dim))
@@ -107,11 +108,11 @@ def as_rows(x: Tensor) -> Tensor:
     Returned as [1, M, H, X], whose stride 1 is that of a token.
     """
     batch, tokens, heads, channels = x.shape
+    stride = x.stride(1) if tokens > 1 else x.stride(0) if batch > 1 else heads * channels
     dense = (channels == 1 or x.stride(3) == 1) and (heads == 1 or x.stride(2) == channels)
-    dense = dense and (batch == 1 or x.stride(0) == tokens * x.stride(1)) and x.stride(1) >= heads * channels
-    if not dense or x.stride(1) * CHUNK >= 2**31:  # inside a chunk offsets are 32 bit
-        x = x.contiguous()
-    stride = x.stride(1) if tokens > 1 else heads * channels
+    dense = dense and (batch == 1 or x.stride(0) == tokens * stride) and stride >= heads * channels
+    if not dense or stride * CHUNK >= 2**31:  # inside a chunk offsets are 32 bit
+        x, stride = x.contiguous(), heads * channels
     return x.as_strided((1, batch * tokens, heads, channels), (batch * tokens * stride, stride, channels, 1))
 
 
@@ -130,7 +131,7 @@ def intra(problem: Problem, scale: float) -> dict[str, Tensor]:
     x, s, (k_dim, v_dim) = problem.inputs, problem.settings, problem.sizes
     q, lead = x["q"], (problem.n_chunks, problem.v_heads)
     P = q.new_empty(*lead, CHUNK, CHUNK)
-    sums, T = tree_scores(problem, P) if s["G"] == 2 else (q, q)
+    sums, T = tree_scores(problem, P, scale) if s["G"] == 2 else (q, q)
     out = {
         "P": P,
         "A": q.new_empty(*lead, CHUNK, CHUNK) if s["B"] else q,
@@ -147,7 +148,7 @@ def intra(problem: Problem, scale: float) -> dict[str, Tensor]:
     return out
 
 
-def tree_scores(problem: Problem, P: Tensor) -> tuple[Tensor, Tensor]:
+def tree_scores(problem: Problem, P: Tensor, scale: float) -> tuple[Tensor, Tensor]:
     """Section 3: the scores below the diagonal, of the queries to `P`; returns the running sums of g, and T."""
     from kernels.delta._triton.scores import scores_kernel
 
@@ -157,7 +158,7 @@ def tree_scores(problem: Problem, P: Tensor) -> tuple[Tensor, Tensor]:
     T = P.new_empty(P.shape, dtype=torch.float32 if s["EXACT"] else torch.float16) if s["B"] else P
     names = ("S_Q", "S_K", "S_B", "S_G", "H", "HV", "HB", "HG", "B", "K", "C", "PACKED", "EXACT", "PRECISION")
     scores_kernel[(problem.n_chunks * problem.v_heads,)](
-        x["q"], x["k"], x["b"], x["g"], *problem.chunks, sums, P, T, **problem.numbers, **problem.only(*names), **problem.options("scores")
+        x["q"], x["k"], x["b"], x["g"], *problem.chunks, sums, P, T, scale, **problem.numbers, **problem.only(*names), **problem.options("scores")
     )
     return sums, T
 

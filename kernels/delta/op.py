@@ -49,7 +49,8 @@ def _forward(
 ) -> list[Tensor]:  # fmt: skip
     from kernels.delta import forward
 
-    done = forward.launch(q, k, v, g, b, w, scale, state, cu_seqlens, save)
+    with torch.cuda.device_of(q):  # Triton launches on the current device
+        done = forward.launch(q, k, v, g, b, w, scale, state, cu_seqlens, save)
     return [x for x, shape in zip(done, _shapes(q, v, g, b, cu_seqlens, save), strict=True) if shape is not None]
 
 
@@ -82,7 +83,8 @@ def _backward(
     present = [shape is not None for shape in _shapes(q, v, g, b, cu_seqlens, True)[2:]]
     tensors = iter(kept)
     saved = Forward(do, dfinal, *(next(tensors) if there else q for there in present))
-    gradients = backward.launch(q, k, v, g, b, w, scale, cu_seqlens, saved, do, dfinal)
+    with torch.cuda.device_of(q):
+        gradients = backward.launch(q, k, v, g, b, w, scale, cu_seqlens, saved, do, dfinal)
     return [x for x in gradients if x is not None]
 
 
@@ -95,11 +97,18 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: list[Tensor]) -> N
     q, k, v, g, b, w, scale, state, cu_seqlens, _ = inputs
     ctx.save_for_backward(q, k, v, g, b, w, cu_seqlens, *output[2:])
     ctx.scale, ctx.has_state = scale, state is not None
+    ctx.set_materialize_grads(False)  # there are gradients of o and of the final state, of one or of both; none of what is kept
 
 
-def _gradients(ctx: Any, gradients: list[Tensor]) -> tuple[Tensor | None, ...]:
+def _gradients(ctx: Any, gradients: list[Tensor | None]) -> tuple[Tensor | None, ...]:
     q, k, v, g, b, w, cu_seqlens, *kept = ctx.saved_tensors
-    done = torch.ops.lightning_mixers.delta_rule_backward(q, k, v, g, b, w, ctx.scale, cu_seqlens, kept, gradients[0], gradients[1])
+    do, dfinal = gradients[:2]
+    if do is None:
+        do = torch.zeros_like(v)
+    if dfinal is None:
+        sequences = q.shape[0] if cu_seqlens is None else cu_seqlens.numel() - 1
+        dfinal = v.new_zeros(sequences, v.shape[2], q.shape[3], v.shape[3], dtype=torch.float32)
+    done = torch.ops.lightning_mixers.delta_rule_backward(q, k, v, g, b, w, ctx.scale, cu_seqlens, kept, do, dfinal)
     *by_input, dstate = done
     left = iter(by_input)
     dq, dk, dv, dg, db, dw = (None if x is None else next(left) for x in (q, k, v, g, b, w))

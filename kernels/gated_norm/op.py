@@ -16,7 +16,8 @@ def gated_rms_norm(x: Tensor, gate: Tensor, weight: Tensor, eps: float) -> Tenso
     """y, x's shape and dtype, contiguous."""
     from kernels.gated_norm import forward
 
-    return forward.gated_rms_norm(x, gate, weight, eps)
+    with torch.cuda.device_of(x):  # Triton launches on the current device
+        return forward.gated_rms_norm(x, gate, weight, eps)
 
 
 @gated_rms_norm.register_fake
@@ -29,7 +30,8 @@ def gated_rms_norm_backward(dy: Tensor, x: Tensor, gate: Tensor, weight: Tensor,
     """Gradients of x, gate, weight, each in its tensor's dtype."""
     from kernels.gated_norm import backward
 
-    return backward.gated_rms_norm(dy, x, gate, weight, eps)
+    with torch.cuda.device_of(x):
+        return backward.gated_rms_norm(dy, x, gate, weight, eps)
 
 
 @gated_rms_norm_backward.register_fake

@@ -16,7 +16,8 @@ def delta_gates(f: Tensor, a: Tensor, delta: Tensor, b: Tensor, w: Tensor, b_sca
     """g [.., H, C] float32, b and w in their logits' dtypes."""
     from kernels.gates import forward
 
-    return forward.gates(f, a, delta, b, w, b_scale)
+    with torch.cuda.device_of(f):  # Triton launches on the current device
+        return forward.gates(f, a, delta, b, w, b_scale)
 
 
 @delta_gates.register_fake
@@ -33,7 +34,8 @@ def delta_gates_backward(
     """Gradients of f, a, delta, b, w, each in its tensor's dtype."""
     from kernels.gates import backward
 
-    return backward.gates(dg, db, dw, f, a, delta, b, w, b_scale)
+    with torch.cuda.device_of(f):
+        return backward.gates(dg, db, dw, f, a, delta, b, w, b_scale)
 
 
 @delta_gates_backward.register_fake

@@ -6,6 +6,7 @@ from collections import defaultdict
 from collections.abc import Iterable
 from pathlib import Path
 
+from mixers.errors import ConfigError
 from recipes.commands import bench_rows
 from recipes.commands.arguments import Arguments
 from recipes.commands.bench_arguments import OUT
@@ -29,7 +30,14 @@ NOTHING = "\nNo rows yet: they are measured on a GPU.\n"
 def run(argv: list[str]) -> int:
     """Writes the page and the plots beside the folder of rows."""
     given = _parser().parse_args(argv)
-    page = write(given.out, given.page)
+    if not given.out.is_dir():
+        raise ConfigError(f"--out: no folder {given.out}")
+    try:
+        page = write(given.out, given.page)
+    except OSError as error:
+        raise ConfigError(f"--page: {error.strerror}: {error.filename}") from error
+    except (KeyError, TypeError) as error:
+        raise ConfigError(f"--out: {given.out} holds a table with other columns than bench writes ({error})") from error
     print(f"wrote {page}")
     return 0
 

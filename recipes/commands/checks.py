@@ -75,6 +75,12 @@ def _long(n: int) -> Problem:
     return problems.delta_rule("gdn2", Shape(1, LONG, 1, n, n), Draw(seed=2))
 
 
+def _unequal(n: int, *, mixer: str) -> Problem:
+    """K != V, each half of the other's once: kernels of their own."""
+    k_dim, v_dim = (n // 2, n) if mixer == "gla" else (n, n // 2)
+    return problems.delta_rule(mixer, Shape(2, 130, 2, k_dim, v_dim, 2), Draw(seed=5), extreme=True, state=True)
+
+
 def _many(n: int) -> Problem:
     """As many sequences as make the serial passes take their wide tiles."""
     return problems.delta_rule("gdn2", Shape(16, 70, 4, n, n), Draw(seed=4))
@@ -97,6 +103,8 @@ def _table() -> Iterator[Check]:
         yield Check(f"{mixer}, extreme gates", "delta_rule", partial(_delta, mixer=mixer), HEAD_SIZES if mixer == "gdn2" else FULL_SIZES, mixer)
     yield Check("gdn2, packed, grouped heads", "delta_rule", _packed, mixer="gdn2")
     yield Check("gdn2, one long sequence", "delta_rule", _long, mixer="gdn2")
+    for mixer in ("gdn2", "gla"):
+        yield Check(f"{mixer}, K and V unequal", "delta_rule", partial(_unequal, mixer=mixer), (64, 128), mixer)
     yield Check("gdn2, many sequences", "delta_rule", _many, mixer="gdn2")
     yield Check("gdn2, one token", "delta_rule_step", lambda n: problems.delta_rule_step("gdn2", _small(n), Draw(), extreme=True), HEAD_SIZES)
     for batch in (8, 72):  # of 16 heads: the kernel's blocks depend on how many states there are

@@ -34,7 +34,8 @@ class Call(NamedTuple):
 def device_of(trainer: Namespace) -> torch.device | None:
     """The GPU that a trainer's settings lead to; None: it will not use one."""
     on_gpu = trainer.accelerator in ("auto", "gpu", "cuda") and torch.cuda.is_available()
-    return torch.device("cuda", torch.cuda.current_device()) if on_gpu else None
+    first = trainer.devices[0] if isinstance(trainer.devices, list) and trainer.devices else torch.cuda.current_device() if on_gpu else 0
+    return torch.device("cuda", first) if on_gpu else None
 
 
 def get_ready(lm: DecoderLM, precision: str, device: torch.device) -> list[str]:

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import os
 import signal
+import sys
 from collections.abc import Callable, Generator, Iterable, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
+from contextlib import suppress
 from multiprocessing import get_context
 from pathlib import Path
 from typing import NamedTuple
@@ -16,7 +19,7 @@ from typing import NamedTuple
 import torch
 
 import kernels
-from recipes.commands import checks
+from recipes.commands import checks, problems
 from recipes.commands.checks import Result, Trial
 from recipes.commands.machine import triton_version
 
@@ -28,20 +31,22 @@ class Key(NamedTuple):
 
     gpu: str
     triton: str
-    sources: str  # hash of every Python file of `kernels`
+    sources: str  # hash of every Python file of `kernels`, and of those that hold the checks
 
 
 def key_of(device: torch.device) -> Key:
     """The key of a machine's device."""
     gpu = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
-    return Key(gpu, triton_version() or "none", sources_hash(Path(kernels.__file__).parent))
+    sources = sources_hash(Path(kernels.__file__).parent) + sources_hash(Path(checks.__file__), Path(problems.__file__))
+    return Key(gpu, triton_version() or "none", sources)
 
 
-def sources_hash(folder: Path) -> str:
-    """A hash of the names and contents of all Python files below a folder."""
+def sources_hash(*places: Path) -> str:
+    """A hash of the names and contents of files, and of all Python files below folders."""
     digest = hashlib.sha256()
-    for path in sorted(folder.rglob("*.py")):
-        digest.update(f"{path.relative_to(folder).as_posix()}\0".encode() + path.read_bytes() + b"\0")
+    for place in places:
+        for path in sorted(place.rglob("*.py")) if place.is_dir() else [place]:
+            digest.update(f"{path.relative_to(place.parent).as_posix()}\0".encode() + path.read_bytes() + b"\0")
     return digest.hexdigest()[:16]
 
 
@@ -61,9 +66,14 @@ def load(key: Key) -> dict[str, Result]:
         content = json.loads(cache_file(key).read_text(encoding="utf-8"))
         if Key(*content["key"]) != key:
             return {}
-        return {label: Result(label, bool(passed), worst, str(note)) for label, (passed, worst, note) in content["results"].items()}
-    except (OSError, ValueError, TypeError, KeyError):
+        found = {label: Result(label, passed is True, worst, str(note)) for label, (passed, worst, note) in content["results"].items()}
+        return {label: result for label, result in found.items() if not result.passed or _is_error(result.worst)}
+    except (OSError, ValueError, TypeError, KeyError, AttributeError):
         return {}
+
+
+def _is_error(worst: object) -> bool:
+    return worst is None or (isinstance(worst, float | int) and math.isfinite(worst))
 
 
 def save(key: Key, results: Iterable[Result]) -> bool:
@@ -71,12 +81,15 @@ def save(key: Key, results: Iterable[Result]) -> bool:
     known = load(key) | {result.label: result for result in results}
     content = {"key": key, "results": {label: (r.passed, r.worst, r.note) for label, r in known.items()}}
     file = cache_file(key)
+    partial = file.with_suffix(f".{os.getpid()}")
     try:
         file.parent.mkdir(parents=True, exist_ok=True)
-        partial = file.with_suffix(f".{os.getpid()}")
         partial.write_text(json.dumps(content, indent=1), encoding="utf-8")
         partial.replace(file)
-    except OSError:
+    except OSError as error:
+        with suppress(OSError):
+            partial.unlink()
+        print(f"the verdict could not be kept ({error.strerror}: {file}): the checks will run again the next time", file=sys.stderr)
         return False
     return True
 
@@ -90,7 +103,7 @@ def attempts(trials: Sequence[Trial], device: torch.device) -> Generator[Result,
 
 
 def in_processes(trials: Sequence[Trial], device: torch.device, processes: int) -> Generator[Result, None, None]:
-    """As `attempts`. A trial that fails is tried again in this process, whose word counts: others may find no room on the GPU."""
+    """As `attempts`. A trial that computed nothing is tried again in this process: others may find no room on the GPU. A wrong result stays one."""
     pool = ProcessPoolExecutor(processes, mp_context=get_context("spawn"), initializer=_begin, initargs=(device,))
     try:
         futures = [pool.submit(_attempt, trial.label, device) for trial in trials]
@@ -99,7 +112,7 @@ def in_processes(trials: Sequence[Trial], device: torch.device, processes: int) 
                 result = future.result()
             except BrokenProcessPool:
                 result = None
-            yield result if result is not None and result.passed else checks.attempt(trial, device)
+            yield checks.attempt(trial, device) if result is None or (not result.passed and result.worst is None) else result
     finally:
         pool.shutdown(cancel_futures=True)
 

@@ -5,6 +5,7 @@ The same tests run on a GPU and, with few small cases, in the interpreter.
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import pytest
@@ -15,6 +16,7 @@ from gpu_cases import DEVICE, ON_GPU
 from torch import Tensor
 
 from kernels import delta_rule
+from kernels.delta.reference import recurrent
 
 pytestmark = pytest.mark.usefixtures("poison")
 
@@ -179,3 +181,34 @@ def test_one_token_in_one_document() -> None:
     wanted, wanted_final = delta_rule(x.double(), x.double(), x.double(), scale=1.0, backend="reference")
     found = errors({"o": o, "final": final}, {"o": wanted, "final": wanted_final})
     assert max(found.values()) <= TOLERANCE[torch.float32], found
+
+
+def test_one_token_a_sequence_in_slices_of_a_wide_tensor() -> None:
+    """A batch of single tokens whose rows lie far apart: their distance is the batch's stride, not the width of a row."""
+    wide = torch.randn(3, 1, 6, 2, 16, device=DEVICE)
+    wide[:, :, 3].abs_().neg_()
+    leaves = {name: wide[:, :, i] for i, name in enumerate(("q", "k", "v", "g", "b", "w"))}
+    assert leaves["q"].stride(0) > leaves["q"][0].numel()
+    got = delta_rule(**leaves, backend="triton")
+    expected_ = recurrent(**{name: x.double() for name, x in leaves.items()})
+    for x, y in zip(got, expected_, strict=True):
+        torch.testing.assert_close(x.double(), y, rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("only", [0, 1])
+def test_gradients_of_one_output_alone(only: int) -> None:
+    """The other output has no gradient: it counts as zero."""
+    leaves = make(case_of("gdn2", 16, 16, tokens=5)).rounded(torch.float32, DEVICE).leaves
+    leaves = {name: x.detach().requires_grad_() for name, x in leaves.items()}
+    functions = (partial(delta_rule, backend="triton"), recurrent)
+    both = [torch.autograd.grad(f(**leaves)[only].sin().sum(), list(leaves.values()), allow_unused=True) for f in functions]
+    for name, got, wanted in zip(leaves, *both, strict=True):
+        torch.testing.assert_close(got, torch.zeros_like(leaves[name]) if wanted is None else wanted, rtol=0, atol=1e-5)
+
+
+def test_a_gate_that_is_not_a_number_shows() -> None:
+    leaves = make(case_of("gdn2", 16, 16, tokens=5)).rounded(torch.float32, DEVICE).leaves
+    g = leaves["g"].clone()
+    g[:, 2] = float("nan")
+    o, *_ = torch.ops.lightning_mixers.delta_rule(*(leaves[n] for n in "qkv"), g, leaves["b"], leaves["w"], 1.0, None, None, False)
+    assert o[:, 2:].isnan().all()

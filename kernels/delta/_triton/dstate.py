@@ -1,6 +1,6 @@
 """The serial pass backwards (README.md, 4.1 and 4.3): gradients of the residuals and of the states.
 
-Shapes: C rows a chunk, HV value heads, K key size, V value size, BV value columns a program. Inputs are those of `intra.py`.
+Shapes: C rows a chunk, HV value heads, K key size, V value size, BV value columns a program. Inputs are those of `solve.py`.
 """
 
 import triton

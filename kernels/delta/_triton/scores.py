@@ -12,7 +12,7 @@ from kernels.delta._triton.tree import between, chunk_rows, level_rows, n_chunks
 
 @triton.jit
 def level_scores(
-    q, k, b, sums, P, T, rows, h: tl.constexpr, S_Q: tl.constexpr, S_K: tl.constexpr, S_B: tl.constexpr, B: tl.constexpr,
+    q, k, b, sums, P, T, scale, rows, h: tl.constexpr, S_Q: tl.constexpr, S_K: tl.constexpr, S_B: tl.constexpr, B: tl.constexpr,
     K: tl.constexpr, C: tl.constexpr, BK: tl.constexpr, EXACT: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """P and T between the halves of the blocks of 2h rows (README.md, 3.3): the rows of q and e stacked, so that both are one product.
@@ -43,14 +43,14 @@ def level_scores(
     i = j % (C // 2)
     to = ((i // h) * (2 * h) + i % h + h)[:, None] * C + lower[None, :]
     same = (i // h)[:, None] == block[None, :]
-    tl.store(P + to, scores.to(P.dtype.element_ty), mask=same & (j < C // 2)[:, None])
+    tl.store(P + to, (scores * scale).to(P.dtype.element_ty), mask=same & (j < C // 2)[:, None])
     if B:
         tl.store(T + to, scores.to(T.dtype.element_ty), mask=same & (j >= C // 2)[:, None])
 
 
 @triton.jit(do_not_specialize=["tokens", "per_sequence", "sequences"])
 def scores_kernel(
-    q, k, b, g, first_chunk, starts, lengths, sums, P, T, tokens, per_sequence, sequences,
+    q, k, b, g, first_chunk, starts, lengths, sums, P, T, scale, tokens, per_sequence, sequences,
     S_Q: tl.constexpr, S_K: tl.constexpr, S_B: tl.constexpr, S_G: tl.constexpr, H: tl.constexpr, HV: tl.constexpr, HB: tl.constexpr, HG: tl.constexpr,
     B: tl.constexpr, K: tl.constexpr, C: tl.constexpr, PACKED: tl.constexpr, EXACT: tl.constexpr, PRECISION: tl.constexpr, BK: tl.constexpr,
 ):  # fmt: skip
@@ -66,4 +66,6 @@ def scores_kernel(
     k += start * S_K + (head // (HV // H)) * K
     b += start * S_B + (head // (HV // HB)) * (K if B == 2 else 1)
     for level in tl.static_range(6):
-        level_scores(q, k, b, sums, P + wide(work) * C * C, T + wide(work) * C * C, rows, 2**level, S_Q, S_K, S_B, B, K, C, BK, EXACT, PRECISION)
+        level_scores(
+            q, k, b, sums, P + wide(work) * C * C, T + wide(work) * C * C, scale, rows, 2**level, S_Q, S_K, S_B, B, K, C, BK, EXACT, PRECISION
+        )

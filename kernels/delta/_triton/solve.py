@@ -93,7 +93,8 @@ def solve_kernel(
         if G == 1:
             x = decay_tile(g, rows, S_G, C)
             P_c, T_c = P_c * x, T_c * x
-        diagonal = tl.sum(tl.where(r[:, None] == r[None, :], P_c, 0.0), 1) * scale
+        P_c *= scale
+        diagonal = tl.sum(tl.where(r[:, None] == r[None, :], P_c, 0.0), 1)
     if B:
         A_c = inverse(tl.where(below, T_c, 0.0), C, EXACT).to(dtype)
         tl.store(A + at * C + square, A_c)
@@ -127,7 +128,7 @@ def solve_kernel(
             q_c, k_c = q_c * from_start, k_c * to_end
         tl.store(Qg + to, q_c.to(dtype))
         tl.store(Ktail + to, k_c.to(dtype))
-    P_c = tl.where(below, P_c * scale, 0.0)
+    P_c = tl.where(below, P_c, 0.0)
     tl.store(P + at * C + square, tl.where(r[:, None] == r[None, :], diagonal[:, None], P_c).to(dtype))
 
     # --- what is written: U

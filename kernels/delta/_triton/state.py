@@ -1,6 +1,6 @@
 """The serial pass over the chunks of a sequence (README.md, 2.3 to 2.5): residuals, outputs, states.
 
-Shapes: C rows a chunk, HV value heads, K key size, V value size, BV value columns a program. Inputs are those of `intra.py`.
+Shapes: C rows a chunk, HV value heads, K key size, V value size, BV value columns a program. Inputs are those of `solve.py`.
 """
 
 import triton

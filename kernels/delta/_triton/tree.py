@@ -42,8 +42,8 @@ def n_chunks(first_chunk, per_sequence, sequences, PACKED: tl.constexpr):
 
 @triton.jit
 def log2_decay(g):
-    """g in units of log 2, not below what float32 can hold as a factor."""
-    return tl.maximum(g.to(tl.float32) * LOG2E, LOWEST)
+    """g in units of log 2, not below what float32 can hold as a factor; NaN stays NaN."""
+    return tl.maximum(g.to(tl.float32) * LOG2E, LOWEST, propagate_nan=tl.PropagateNan.ALL)
 
 
 @triton.jit
