@@ -6,7 +6,6 @@ import torch
 from torch import Tensor
 
 from kernels.conv1d.forward import constants, rows_of
-from kernels.conv1d.op import empty_gradients
 from kernels.conv1d.tiles import plan
 
 
@@ -64,3 +63,10 @@ def backward(
         if bias is not None:
             d_bias.copy_(total[taps])
     return dx, d_weight, d_bias, d_state
+
+
+def empty_gradients(x: Tensor, weight: Tensor, bias: Tensor | None, state: Tensor | None) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Unset memory for the gradients."""
+    d_bias = x.new_empty(0) if bias is None else bias.new_empty(bias.shape)
+    d_state = x.new_empty(0) if state is None else state.new_empty(state.shape)
+    return x.new_empty(x.shape), weight.new_empty(weight.shape), d_bias, d_state

@@ -10,6 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from kernels.conv1d.backward import empty_gradients
+
 MAX_TAPS = 8
 MAX_NORM_SIZE = 1024
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
@@ -66,13 +68,6 @@ def causal_conv1d_step(
     from kernels.conv1d.forward import step
 
     return step(x, weight, bias, state, silu=silu, norm_size=norm_size, norm_channels=norm_channels)
-
-
-def empty_gradients(x: Tensor, weight: Tensor, bias: Tensor | None, state: Tensor | None) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Unset memory for the gradients."""
-    d_bias = x.new_empty(0) if bias is None else bias.new_empty(bias.shape)
-    d_state = x.new_empty(0) if state is None else state.new_empty(state.shape)
-    return x.new_empty(x.shape), weight.new_empty(weight.shape), d_bias, d_state
 
 
 @causal_conv1d.register_fake
