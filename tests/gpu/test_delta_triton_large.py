@@ -120,7 +120,7 @@ def test_seventy_thousand_chunks() -> None:
 
 def packed(lengths: list[int]) -> Inputs:
     tokens = sum(lengths)
-    return held(drawn((1, tokens), 1, 2, 64, 64, torch.bfloat16))._replace(options={"cu_seqlens": cu_seqlens_of(lengths).to(DEVICE)})
+    return held(drawn((1, tokens), 16, 16, 128, 128, torch.bfloat16))._replace(options={"cu_seqlens": cu_seqlens_of(lengths).to(DEVICE)})
 
 
 def test_fifty_packed_lengths_compile_nothing() -> None:
