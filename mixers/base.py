@@ -6,6 +6,7 @@ Shapes: B batch rows, T tokens, D d_model, N sequences (B, or the number of pack
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Mapping
 from typing import Any, Generic, NamedTuple, TypeVar
 
 import torch
@@ -128,6 +129,13 @@ def multiple_of(name: str, value: int, base_name: str, base: int) -> None:
         raise ConfigError(f"{name}: must be a multiple of {base_name} = {base}, got {value} (nearest: {', '.join(map(str, near))})")
 
 
+def divides(name: str, value: int, whole: int, what: str) -> None:
+    """Raises ConfigError unless `value` divides `whole`, which is the number of `what`."""
+    if whole % value:
+        legal = ", ".join(str(n) for n in range(1, whole + 1) if whole % n == 0)
+        raise ConfigError(f"{name}: {value} does not divide {what} (legal: {legal})")
+
+
 def default_head_dim(name: str, given: int | None, width: int, num_heads: int) -> int:
     """`given`, or `width` shared evenly by the heads; ConfigError if that does not come out even."""
     if given is not None:
@@ -136,6 +144,33 @@ def default_head_dim(name: str, given: int | None, width: int, num_heads: int) -
     if width < num_heads or width % num_heads:
         raise ConfigError(f"num_heads: {num_heads} heads do not divide {width} channels; set {name} or another number of heads")
     return width // num_heads
+
+
+def load_named(module: nn.Module, state_dict: Mapping[str, Tensor], table: Mapping[str, str], source: str) -> None:
+    """Copies the weights of another package's layer.
+
+    Args:
+        module: takes them.
+        state_dict: the other layer's, by its own names.
+        table: other name -> name of the parameter of `module`; entries that `module` has no parameter for do not count.
+        source: the other package, for messages.
+
+    Raises:
+        ConfigError: a tensor that is missing, has another shape or is not in the table; nothing is changed then.
+    """
+    own = dict(module.named_parameters())
+    names = {theirs: ours for theirs, ours in table.items() if ours in own}
+    for theirs, ours in names.items():
+        if theirs not in state_dict:
+            raise ConfigError(f"state dict of {source}: has no tensor {theirs} (it has: {', '.join(sorted(state_dict)) or 'none'})")
+        if state_dict[theirs].shape != own[ours].shape:
+            found, needed = list(state_dict[theirs].shape), list(own[ours].shape)
+            raise ConfigError(f"state dict of {source}: {theirs} has the shape {found}, this layer's is {needed}")
+    if more := sorted(state_dict.keys() - names.keys()):
+        raise ConfigError(f"state dict of {source}: has the tensor {more[0]}, which this layer does not have (legal: {', '.join(names)})")
+    with torch.no_grad():
+        for theirs, ours in names.items():
+            own[ours].copy_(state_dict[theirs])
 
 
 def linear_flops(module: nn.Module, tokens: int) -> int:

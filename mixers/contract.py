@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 TOLERANCE = {torch.float64: 1e-10, torch.float32: 2e-4}
 TOKENS = 72  # more than a chunk of the delta rule
 # sizes that make any mixer small; a setting that a mixer does not have is left out
-SMALL = {"num_heads": 2, "head_dim": 8, "window": 5}
+SMALL = {"num_heads": 2, "head_dim": 8, "d_state": 8, "window": 5}
 
 State = tuple[Tensor, ...]
 Mixer = SequenceMixer[Any]
@@ -97,6 +97,9 @@ VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
     "gdn2-scalar-gates": ("gdn2", {"erase": "scalar", "write": "scalar", "allow_neg_eigval": True}),
     "kda-grouped": ("kda", {"num_v_heads": 4}),
     "gdn-grouped": ("gdn", {"num_v_heads": 6, "v_head_dim": 4}),
+    "mamba2-grouped": ("mamba2", {"num_groups": 2, "d_state": 6}),
+    "mamba3-mimo": ("mamba3", {"mimo_rank": 4}),
+    "mamba3-grouped": ("mamba3", {"mimo_rank": 2, "num_groups": 2, "rope_fraction": 1.0, "out_norm": True}),
     "attention-grouped": ("attention", {"num_heads": 4, "num_kv_heads": 2}),
     "swa-window-1": ("swa", {"window": 1}),
 }

@@ -162,6 +162,24 @@ class GatedRMSNorm(nn.Module):
         return gated_rms_norm(x, gate, self.norm.weight, self.eps)
 
 
+@final
+class Skip(FP32Module):
+    """o + D * x, with a number D a head that starts at 1 (Mamba-2, Mamba-3). Args: `heads`."""
+
+    def __init__(self, heads: int) -> None:
+        super().__init__()
+        self.D = fp32_parameter(heads)
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        nn.init.ones_(self.D)
+
+    def forward(self, o: Tensor, x: Tensor) -> Tensor:
+        """o, x [.., H, V] -> o's shape and dtype; computed in at least float32."""
+        wide = self.D.dtype
+        return (o.to(wide) + x.to(wide) * self.D.unsqueeze(-1)).to(o.dtype)
+
+
 def rotate(x: Tensor, position: Tensor, theta: float) -> Tensor:
     """Rotary position embedding: pairs (i, i + D/2) of x [B, T, heads, D] turned by position [B or 1, T] * theta ** (-2i/D).
 

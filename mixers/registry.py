@@ -31,6 +31,8 @@ BUILT_IN: dict[str, tuple[str, dict[str, Any]]] = {
     "deltanet": ("mixers.deltanet:DeltaNet", {}),
     "gla": ("mixers.gla:GatedLinearAttention", {}),
     "linear_attention": ("mixers.linear_attention:LinearAttention", {}),
+    "mamba2": ("mixers.mamba2:Mamba2", {}),
+    "mamba3": ("mixers.mamba3:Mamba3", {}),
     "attention": ("mixers.attention:Attention", {}),
     "swa": ("mixers.attention:Attention", {"window": 2048}),
 }

@@ -11,7 +11,8 @@ from lit_cases import one_thread  # noqa: F401
 from mixers.attention import Attention
 from recipes.__main__ import main
 from recipes.commands.cli import MixersCLI
-from recipes.commands.config_files import collect, recipe_names
+from recipes.commands.config_files import RECIPES, collect, find_config, read_config, recipe_names
+from recipes.commands.match import Match, solve
 from recipes.commands.plan import Plan, make_plan
 from recipes.commands.sizes import parameters_in_blocks
 
@@ -24,8 +25,22 @@ LAYOUTS = {
     "paper/kda_hybrid_1.3b": ["kda", "swa"],
     "paper/gdn_1.3b": ["gdn"],
     "paper/gdn_hybrid_1.3b": ["gdn", "swa"],
+    "paper/mamba2_1.3b": ["mamba2"],
+    "paper/mamba2_hybrid_1.3b": ["mamba2", "swa"],
+    "paper/mamba3_siso_1.3b": ["mamba3"],
+    "paper/mamba3_siso_hybrid_1.3b": ["mamba3", "swa"],
+    "paper/mamba3_mimo_1.3b": ["mamba3"],
+    "paper/mamba3_mimo_hybrid_1.3b": ["mamba3", "swa"],
+    "paper/gdn2_scalar_erase_1.3b": ["gdn2"],
+    "paper/gdn2_scalar_write_1.3b": ["gdn2"],
+    "paper/gdn2_erase_range_2_1.3b": ["gdn2"],
 }
 RELEASED = {"paper/gdn2_1.3b": 1_302_638_112, "paper/gdn2_hybrid_1.3b": 1_300_314_384}  # parameters in the blocks
+ABLATIONS = {  # Table 5
+    "paper/gdn2_scalar_erase_1.3b": {"erase": "scalar"},
+    "paper/gdn2_scalar_write_1.3b": {"write": "scalar"},
+    "paper/gdn2_erase_range_2_1.3b": {"allow_neg_eigval": True},
+}
 
 
 @pytest.fixture
@@ -41,7 +56,12 @@ def parse(name: str, *arguments: str) -> tuple[MixersCLI, Plan]:
 
 
 def test_the_paper_has_these_recipes() -> None:
+    """The 13 rows of Table 2 and the three variants of Table 5."""
     assert sorted(LAYOUTS) == PAPER
+    recurrent = ["mamba2", "gdn", "kda", "mamba3_siso", "mamba3_mimo", "gdn2"]
+    table_2 = {"paper/transformer_1.3b", *(f"paper/{name}{kind}_1.3b" for name in recurrent for kind in ("", "_hybrid"))}
+    assert len(table_2) == 13
+    assert table_2 == set(PAPER) - set(ABLATIONS)
     assert {"quickstart", "tiny"} <= set(recipe_names())
 
 
@@ -55,11 +75,21 @@ def test_sizes_of_the_paper(name: str) -> None:
     blocks = parameters_in_blocks(lm)
     assert blocks == RELEASED.get(name, blocks)
     assert abs(blocks / 1.3e9 - 1) < 0.005
+    assert solve(lm, 1_300_000_000) == Match(lm.settings["mlp_width"], blocks, 1_300_000_000)
+    assert f"{blocks:,}" in (RECIPES / f"{name}.yaml").read_text()
+
+
+@pytest.mark.parametrize("name", ABLATIONS)
+def test_ablations_change_one_setting(name: str) -> None:
+    """Of the mixer; model, data and training are those of the full model."""
+    expected = read_config(find_config("paper/gdn2_1.3b"))
+    expected["model"]["lm"]["mixers"]["gdn2"] |= ABLATIONS[name]
+    assert read_config(find_config(name)) == expected
 
 
 @pytest.mark.parametrize("name", PAPER)
 def test_state_of_the_paper(name: str) -> None:
-    """The recurrent state is matched over all models; attention has heads of 128 and, in hybrids, a window of 2048."""
+    """The recurrent state is matched over all models (Mamba's at d_model 2048); attention has heads of 128 and, in hybrids, a window of 2048."""
     _, plan = parse(name)
     states = plan.model.lm.init_state(1, max_tokens=4096, device="meta")
     for mixer, state in zip(plan.model.lm.mixers(), states, strict=True):
@@ -67,8 +97,10 @@ def test_state_of_the_paper(name: str) -> None:
             assert (mixer.num_heads, mixer.num_kv_heads, mixer.head_dim) == (18, 18, 128)
             assert mixer.window == (2048 if "hybrid" in name else None)
         else:
-            assert state.S.numel() == 16 * 128 * 128
-            assert state.S.dtype == torch.float32
+            S = state.u if "mamba3" in name else state.S
+            assert S.numel() == (2 * 2304 * 64 if "mamba" in name else 16 * 128 * 128)
+            assert S.dtype == torch.float32
+            assert getattr(mixer, "mimo_rank", None) == (4 if "mimo" in name else 1 if "siso" in name else None)
 
 
 @pytest.mark.parametrize("name", PAPER)

@@ -26,6 +26,8 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "deltanet": {"num_heads": 5, "head_dim": 7, "v_head_dim": 9},
     "gla": {"num_heads": 6, "head_dim": 8, "v_head_dim": 10, "gate_low_rank": 11},
     "linear_attention": {"num_heads": 7, "head_dim": 9},
+    "mamba2": {"head_dim": 16, "d_state": 11, "num_groups": 2},
+    "mamba3": {"head_dim": 2, "d_state": 14, "mimo_rank": 3},
     "attention": {"num_heads": 8, "head_dim": 10, "rope_theta": 500.0},
     "swa": {"num_heads": 9, "head_dim": 12, "window": 13},
 }
@@ -52,6 +54,11 @@ def build(*arguments: str) -> DecoderLM:
 
 def defaults(name: str) -> dict[str, Any]:
     return registry.resolve(name, {})[1]
+
+
+def size_of(name: str) -> str:
+    """A setting that takes 1 and 2 at any width of the model."""
+    return "num_heads" if "num_heads" in defaults(name) else "head_dim"
 
 
 def assert_mixer(lm: DecoderLM, layer: int, name: str, settings: dict[str, Any]) -> None:
@@ -85,19 +92,19 @@ def test_swap(a: str, b: str) -> None:
 def test_swap_takes_nothing_over(a: str, b: str) -> None:
     """A config that has settings for A alone: B comes with its defaults, and with what is given for B."""
     file = write("a.yaml", [a], {a: SETTINGS[a]}, d_model=64)
-    lm = build("--config", file, f"--model.lm.layout=[{b}]", f"--model.lm.mixers.{b}.num_heads=2")
-    assert_mixer(lm, 0, b, {"num_heads": 2})
-    assert lm.settings["mixers"] == {a: SETTINGS[a], b: {"num_heads": 2}}
+    lm = build("--config", file, f"--model.lm.layout=[{b}]", f"--model.lm.mixers.{b}.{size_of(b)}=2")
+    assert_mixer(lm, 0, b, {size_of(b): 2})
+    assert lm.settings["mixers"] == {a: SETTINGS[a], b: {size_of(b): 2}}
 
 
 @pytest.mark.parametrize("name", SETTINGS)
 @pytest.mark.parametrize("joined", [True, False])
 def test_one_setting_leaves_the_others(name: str, joined: bool) -> None:
     file = write("a.yaml", [name], SETTINGS)
-    option = f"--model.lm.mixers.{name}.num_heads"
+    option = f"--model.lm.mixers.{name}.{size_of(name)}"
     lm = build("--config", file, *([f"{option}=1"] if joined else [option, "1"]))
     expected = copy.deepcopy(SETTINGS)
-    expected[name]["num_heads"] = 1
+    expected[name][size_of(name)] = 1
     assert lm.settings["mixers"] == expected
     assert_mixer(lm, 1, name, expected[name])
 
@@ -189,7 +196,7 @@ def test_a_class_that_is_swapped_leaves_no_arguments_behind() -> None:
     assert old == {"class_path": "A", "init_args": {"x": 1}}
 
 
-@pytest.mark.parametrize("layout", ["[gdn2]", "[kda, swa]", "[gdn, deltanet]", "[gla, attention]", "[linear_attention, local]"])
+@pytest.mark.parametrize("layout", ["[gdn2]", "[kda, swa]", "[gdn, deltanet]", "[gla, attention]", "[linear_attention, local]", "[mamba2, mamba3]"])
 def test_swaps_train(layout: str) -> None:
     Path("corpus.txt").write_text("the cat sat on the mat. " * 50)
     file = write("a.yaml", ["gdn2"], {**SETTINGS, "local": {"mixer": "swa", "window": 3}})

@@ -1,0 +1,206 @@
+"""Mamba-2: scalar decay a head, keys and queries shared by groups of heads, no erase (arXiv 2405.21060).
+
+Shapes: B batch, T tokens, N sequences, G groups, H heads (a multiple of G), S d_state, P head_dim, I = H * P = expand * d_model.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import final
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from kernels import causal_conv1d, causal_conv1d_step, delta_rule, delta_rule_step
+from mixers.base import SequenceMixer, at_least_one, divides, linear_flops, load_named
+from mixers.delta import delta_rule_flops
+from mixers.errors import ConfigError
+from mixers.layers import MIXER_GAIN, DecayModule, Linear, Skip, xavier
+from mixers.state import DeltaState, zero_state
+
+MAMBA_SSM = {  # the parameters of mamba_ssm.modules.mamba2.Mamba2, each of one shape with ours
+    "in_proj.weight": "in_proj.weight",
+    "conv1d.weight": "conv1d.weight",
+    "conv1d.bias": "conv1d.bias",
+    "dt_bias": "step_size.delta",
+    "A_log": "step_size.a",
+    "D": "skip.D",
+    "norm.weight": "norm.weight",
+    "out_proj.weight": "out_proj.weight",
+}
+
+
+@final
+class StepSize(DecayModule):
+    """The step size Delta = softplus(f + delta) of each head and its log-decay -exp(a) * Delta. Args: `DecayModule`'s."""
+
+    def forward(self, f: Tensor) -> tuple[Tensor, Tensor]:
+        """f [.., H] -> g <= 0 and Delta, [.., H, 1] each, in at least float32."""
+        dt = F.softplus(f.to(self.delta.dtype) + self.delta)
+        return (-self.a.exp() * dt).unsqueeze(-1), dt.unsqueeze(-1)
+
+
+@final
+class BiasedConv(nn.Module):
+    """Causal depthwise convolution with a bias, then SiLU.
+
+    Args:
+        channels: channels.
+        size: taps.
+    """
+
+    def __init__(self, channels: int, size: int) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(channels, 1, size))  # torch's Conv1d has this axis
+        self.bias = nn.Parameter(torch.empty(channels))
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        bound = self.weight.shape[-1] ** -0.5  # torch's Conv1d: uniform in +- 1 / sqrt(fan_in)
+        nn.init.uniform_(self.weight, -bound, bound)
+        nn.init.uniform_(self.bias, -bound, bound)
+
+    def forward(self, x: Tensor, state: Tensor | None, cu_seqlens: Tensor | None) -> tuple[Tensor, Tensor]:
+        """x [B, T, channels], state [N, size-1, channels] -> y and the new state."""
+        return causal_conv1d(x, self.weight.squeeze(1), self.bias, activation="silu", state=state, cu_seqlens=cu_seqlens)
+
+    def step(self, x: Tensor, state: Tensor) -> tuple[Tensor, Tensor]:
+        """x [B, channels], state [B, size-1, channels] -> y and the new state."""
+        return causal_conv1d_step(x, self.weight.squeeze(1), self.bias, activation="silu", state=state)
+
+
+@final
+class GateThenRMSNorm(nn.Module):
+    """RMSNorm of x * SiLU(gate), over each of `groups` slices of the last axis.
+
+    Args:
+        size: channels.
+        groups: slices that are normalised each for itself.
+        eps: added to the mean of the squares.
+    """
+
+    def __init__(self, size: int, groups: int, eps: float) -> None:
+        super().__init__()
+        self.groups, self.eps = groups, eps
+        self.weight = nn.Parameter(torch.empty(size))
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        nn.init.ones_(self.weight)
+
+    def forward(self, x: Tensor, gate: Tensor) -> Tensor:
+        """x, gate [.., size] -> x's shape and dtype; computed in at least float32."""
+        wide = torch.promote_types(x.dtype, torch.float32)
+        y = (x.to(wide) * F.silu(gate.to(wide))).unflatten(-1, (self.groups, -1))
+        # q, k and v have no norm: the squares of large outputs would overflow. The result does not depend on `largest`
+        largest = y.detach().abs().amax(-1, keepdim=True).clamp_min(1)
+        y = y / largest
+        y = y * torch.rsqrt(y.square().mean(-1, keepdim=True) + self.eps / largest.square())
+        out: Tensor = (y.flatten(-2) * self.weight.to(wide)).to(x.dtype)
+        return out
+
+
+@final
+class Mamba2(SequenceMixer[DeltaState]):
+    """S_t = exp(-exp(a) Delta) S_{t-1} + Delta B x^T, o = S^T C + D x, with Delta = softplus(f + delta) a number per head.
+
+    One input projection gives the gate, x, B, C and f; x, B and C go through a short convolution and SiLU. The output is RMSNorm(o * SiLU(gate)),
+    projected. On `kernels.delta_rule`: queries C, keys B, values x, decay -exp(a) Delta, write gate Delta, no erase gate.
+
+    Args:
+        d_model: width of the input and the output.
+        expand: the heads' channels together are expand * d_model.
+        head_dim: channels of a head, a divisor of expand * d_model.
+        d_state: size of the keys and queries: a head's state is d_state * head_dim numbers.
+        num_groups: groups of heads that share keys and queries (and the output norm), a divisor of the number of heads.
+        conv_size: taps of the short convolution.
+        norm_eps: epsilon of the output norm.
+    """
+
+    def __init__(
+        self,
+        d_model: int,
+        expand: int = 2,
+        head_dim: int = 64,
+        d_state: int = 64,
+        num_groups: int = 1,
+        conv_size: int = 4,
+        norm_eps: float = 1e-5,
+    ) -> None:
+        super().__init__(d_model)
+        at_least_one(expand=expand, head_dim=head_dim, d_state=d_state, num_groups=num_groups)
+        if conv_size < 2:
+            raise ConfigError(f"conv_size: must be an integer >= 2, got {conv_size!r}")
+        self.width = expand * d_model
+        divides("head_dim", head_dim, self.width, f"expand * d_model = {self.width} channels")
+        self.num_heads, self.head_dim, self.d_state, self.num_groups = self.width // head_dim, head_dim, d_state, num_groups
+        divides("num_groups", num_groups, self.num_heads, f"the {self.num_heads} heads (expand * d_model / head_dim)")
+        conv_width = self.width + 2 * num_groups * d_state
+        init = xavier(MIXER_GAIN)
+        self.in_proj = Linear(d_model, self.width + conv_width + self.num_heads, init=init)  # gate; x, B, C; f
+        self.conv1d = BiasedConv(conv_width, conv_size)
+        self.step_size = StepSize(self.num_heads, 1)
+        self.skip = Skip(self.num_heads)
+        self.norm = GateThenRMSNorm(self.width, num_groups, norm_eps)
+        self.out_proj = Linear(self.width, d_model, init=init)
+
+    def forward(self, x_BTD: Tensor, state: DeltaState | None = None, *, cu_seqlens: Tensor | None = None) -> tuple[Tensor, DeltaState | None]:
+        self.check_input(x_BTD, state, cu_seqlens)
+        gate, mixed, f = self._project(x_BTD)
+        mixed, conv = self.conv1d(mixed, None if state is None else state.conv, cu_seqlens)
+        q, k, v = self._heads(mixed)
+        g, dt = self.step_size(f)
+        o, S = delta_rule(q, k, v, g, None, dt, scale=1.0, state=None if state is None else state.S, cu_seqlens=cu_seqlens)
+        return self._output(o, v, gate), None if state is None else DeltaState(S, conv)
+
+    def step(self, x_BD: Tensor, state: DeltaState) -> tuple[Tensor, DeltaState]:
+        self.check_state(state, x_BD.shape[0])
+        gate, mixed, f = self._project(x_BD)
+        mixed, conv = self.conv1d.step(mixed, state.conv)
+        q, k, v = self._heads(mixed)
+        g, dt = self.step_size(f)
+        o, S = delta_rule_step(q, k, v, g, None, dt, scale=1.0, state=state.S)
+        return self._output(o, v, gate), DeltaState(S, conv)
+
+    def init_state(
+        self,
+        batch_size: int,
+        *,
+        max_tokens: int | None = None,  # noqa: ARG002 (the state has one size)
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> DeltaState:
+        like = self.conv1d.weight
+        S = zero_state(like, (batch_size, self.num_heads, self.d_state, self.head_dim), device, dtype)
+        return DeltaState(S, torch.zeros(batch_size, like.shape[2] - 1, like.shape[0], device=S.device, dtype=dtype or like.dtype))
+
+    def state_numel(self, tokens: int) -> int:  # noqa: ARG002 (the state has one size)
+        channels, _, taps = self.conv1d.weight.shape
+        return self.num_heads * self.d_state * self.head_dim + (taps - 1) * channels
+
+    def flops(self, tokens: int) -> int:
+        rule = delta_rule_flops(tokens, self.num_heads, self.d_state, self.head_dim, erase=False)
+        return linear_flops(self, tokens) + 2 * tokens * self.conv1d.weight.numel() + rule
+
+    def load_mamba_ssm(self, state_dict: Mapping[str, Tensor]) -> None:
+        """Takes the weights of a `mamba_ssm.modules.mamba2.Mamba2` of the same sizes (its `headdim`, `d_state`, `ngroups`, `d_conv`, `expand`).
+
+        Raises:
+            ConfigError: a tensor that is missing, has another shape or is one that this layer does not have; nothing is changed then.
+        """
+        load_named(self, state_dict, MAMBA_SSM, "mamba_ssm")
+
+    def _project(self, x: Tensor) -> list[Tensor]:
+        """The gate [.., I], what the convolution reads, and f [.., H]."""
+        return list(self.in_proj(x).split([self.width, self.conv1d.weight.shape[0], self.num_heads], -1))
+
+    def _heads(self, mixed: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        shared = self.num_groups * self.d_state
+        x, B, C = mixed.split([self.width, shared, shared], -1)
+        groups = (self.num_groups, self.d_state)
+        return C.unflatten(-1, groups), B.unflatten(-1, groups), x.unflatten(-1, (self.num_heads, self.head_dim))
+
+    def _output(self, o: Tensor, x: Tensor, gate: Tensor) -> Tensor:
+        out: Tensor = self.out_proj(self.norm(self.skip(o, x).flatten(-2), gate))
+        return out

@@ -1,0 +1,209 @@
+"""Mamba-3: exponential-trapezoidal steps, rotated keys and queries, MIMO of rank R, on the delta rule without erase. Derivation: mamba3.md.
+
+Shapes: B batch, T tokens, N sequences, R ranks, G groups, H heads (a multiple of G), K d_state, V head_dim, A angles, I = H * V = expand * d_model.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import NamedTuple, final
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from kernels import delta_rule, delta_rule_step
+from mixers.base import SequenceMixer, at_least_one, divides, linear_flops, load_named
+from mixers.delta import delta_rule_flops
+from mixers.errors import ConfigError
+from mixers.layers import MIXER_GAIN, Linear, Skip, xavier
+from mixers.mamba3_layers import HeadRMSNorm, PerRank, Rotary, Steps, StepSize, last_tokens, running_sum, shifted, unseen, wrapped
+from mixers.state import zero_state
+
+MAMBA_SSM = {  # the parameters of mamba_ssm.modules.mamba3.Mamba3, each of one shape with ours; those of other settings are absent in both
+    "in_proj.weight": "in_proj.weight",
+    "dt_bias": "step_size.dt_bias",
+    "B_bias": "rotary.B_bias",
+    "C_bias": "rotary.C_bias",
+    "B_norm.weight": "B_norm.weight",
+    "C_norm.weight": "C_norm.weight",
+    "mimo_x": "mimo_x.weight",
+    "mimo_z": "mimo_z.weight",
+    "mimo_o": "mimo_o.weight",
+    "D": "skip.D",
+    "norm.weight": "norm.weight",
+    "out_proj.weight": "out_proj.weight",
+}
+
+
+class Mamba3State(NamedTuple):
+    """What Mamba-3 carries: the shifted state u and the last token, whose own write comes with the next one."""
+
+    u: Tensor  # [N, H, K, V] at least float32
+    k: Tensor  # [N, R, H, K] the last token's rotated keys
+    v: Tensor  # [N, H, V] the last token's values
+    zeta: Tensor  # [N, H] what the last token weighs in its own state, at least float32
+    angle: Tensor  # [N, H, A] angles summed so far, modulo 2 pi, at least float32
+
+
+@final
+class Mamba3(SequenceMixer[Mamba3State]):
+    """h_t = a_t h_{t-1} + a_t (1 - lambda_t) Delta_t x_{t-1} + lambda_t Delta_t x_t, o_{t,r} = h_t^T q_{t,r} + D v_{t,r}, with a_t = exp(A_t Delta_t)
+    and x_t = sum_r k_{t,r} v_{t,r}^T.
+
+    One input projection gives z, v, B, C, and per head Delta, A and lambda. Keys and queries are RMSNorm(B) and RMSNorm(C) plus a bias, turned by the
+    running sum of pi tanh(theta) Delta; no convolution. The output is o * SiLU(z), projected. With mimo_rank R > 1, v, z and o have a scale
+    [R, head_dim] a head each, and the R outputs are summed.
+
+    Args:
+        d_model: width of the input and the output.
+        expand: the heads' channels together are expand * d_model.
+        head_dim: channels V of a head, a divisor of expand * d_model.
+        d_state: size K of keys and queries, even: a head's state is d_state * head_dim numbers.
+        num_groups: groups of heads that share B and C before the bias, a divisor of the number of heads.
+        mimo_rank: keys, values and queries a token; 1 is SISO, the paper's MIMO has 4.
+        rope_fraction: share of d_state that is rotated, above 0 and at most 1.
+        out_norm: RMSNorm of every head's outputs before the gate.
+        norm_eps: epsilon of the norms.
+        dt_min: least Delta at the start, which is log-uniform.
+        dt_max: largest Delta at the start.
+        dt_floor: Delta at the start is raised to it.
+        a_floor: -A is at least this.
+    """
+
+    def __init__(
+        self,
+        d_model: int,
+        expand: int = 2,
+        head_dim: int = 64,
+        d_state: int = 64,
+        num_groups: int = 1,
+        mimo_rank: int = 1,
+        rope_fraction: float = 0.5,
+        out_norm: bool = False,
+        norm_eps: float = 1e-5,
+        dt_min: float = 0.001,
+        dt_max: float = 0.1,
+        dt_floor: float = 1e-4,
+        a_floor: float = 1e-4,
+    ) -> None:
+        super().__init__(d_model)
+        at_least_one(expand=expand, head_dim=head_dim, d_state=d_state, num_groups=num_groups, mimo_rank=mimo_rank)
+        self.width = expand * d_model
+        divides("head_dim", head_dim, self.width, f"expand * d_model = {self.width} channels")
+        self.num_heads, self.head_dim, self.d_state, self.num_groups = self.width // head_dim, head_dim, d_state, num_groups
+        divides("num_groups", num_groups, self.num_heads, f"the {self.num_heads} heads (expand * d_model / head_dim)")
+        if d_state % 2:
+            raise ConfigError(f"d_state: must be even (channels are rotated in pairs), got {d_state}")
+        self.mimo_rank, self.rope_fraction, self.num_angles = mimo_rank, rope_fraction, int(d_state * rope_fraction) // 2
+        if not (0 < rope_fraction <= 1 and self.num_angles):
+            raise ConfigError(f"rope_fraction: must be in [{2 / d_state:g}, 1] (one pair of {d_state} channels at least), got {rope_fraction}")
+        if not 0 < dt_min <= dt_max:
+            raise ConfigError(f"dt_min: must be above 0 and at most dt_max = {dt_max:g}, got {dt_min:g}")
+        for name, floor in (("dt_floor", dt_floor), ("a_floor", a_floor)):
+            if floor <= 0:
+                raise ConfigError(f"{name}: must be above 0, got {floor:g}")
+        shared, init = mimo_rank * num_groups * d_state, xavier(MIXER_GAIN)
+        self.parts = [self.width, self.width, shared, shared, *[self.num_heads] * 3, self.num_angles]  # z, v, B, C, f, a, trap, theta
+        self.in_proj = Linear(d_model, sum(self.parts), init=init)
+        self.step_size = StepSize(self.num_heads, dt_min, dt_max, dt_floor, a_floor)
+        self.B_norm, self.C_norm = HeadRMSNorm(d_state, norm_eps), HeadRMSNorm(d_state, norm_eps)
+        self.rotary = Rotary(self.num_heads, mimo_rank, d_state)
+        starts = (1 / mimo_rank, 1.0, 1 / mimo_rank)
+        scales = [nn.Identity() if mimo_rank == 1 else PerRank(self.num_heads, mimo_rank, head_dim, start) for start in starts]
+        self.mimo_x, self.mimo_z, self.mimo_o = scales
+        self.skip = Skip(self.num_heads)
+        self.norm = HeadRMSNorm(self.width, norm_eps) if out_norm else nn.Identity()
+        self.out_proj = Linear(self.width, d_model, init=init)
+
+    def forward(self, x_BTD: Tensor, state: Mamba3State | None = None, *, cu_seqlens: Tensor | None = None) -> tuple[Tensor, Mamba3State | None]:
+        self.check_input(x_BTD, state, cu_seqlens)
+        z, v, B, C, steps = self._project(x_BTD)
+        angle = running_sum(steps.turn, None if state is None else state.angle, cu_seqlens)
+        q, k = self._keys(B, C, angle, v.dtype)
+        k_prev = shifted(k, None if state is None else state.k, cu_seqlens)
+        v_prev = shifted(v, None if state is None else state.v, cu_seqlens)
+        w = steps.g.exp() * (shifted(steps.zeta, None if state is None else state.zeta, cu_seqlens) + steps.behind)
+        v_ranks, v_prev_ranks = self._ranks(v), self._ranks(v_prev)
+        # R rows a token: the first one decays, all of them write with w
+        g_rows = F.pad(steps.g.unsqueeze(2), (0, 0, 0, self.mimo_rank - 1)).unsqueeze(-1)
+        w_rows = w[:, :, None, :, None].expand(-1, -1, self.mimo_rank, -1, -1)
+        q_rows, k_rows, v_rows, g_rows, w_rows = (x.flatten(1, 2) for x in (q, k_prev, v_prev_ranks, g_rows, w_rows))
+        ends, u = None if cu_seqlens is None else cu_seqlens * self.mimo_rank, None if state is None else state.u
+        o, u = delta_rule(q_rows, k_rows, v_rows, g_rows, None, w_rows, scale=1.0, state=u, cu_seqlens=ends)
+        o = o.unflatten(1, (-1, self.mimo_rank)) + unseen(q, k, v_ranks, steps.zeta, k_prev, v_prev_ranks, w)
+        y = self._output(o, v_ranks, z)
+        if state is None:
+            return y, None
+        kept = [last_tokens(x, cu_seqlens) for x in (k, v, steps.zeta, angle)]
+        return y, Mamba3State(u, *(x.to(old.dtype) for x, old in zip(kept, state[1:], strict=True)))
+
+    def step(self, x_BD: Tensor, state: Mamba3State) -> tuple[Tensor, Mamba3State]:
+        self.check_state(state, x_BD.shape[0])
+        z, v, B, C, steps = self._project(x_BD)
+        angle = wrapped(state.angle + steps.turn)
+        q, k = self._keys(B, C, angle, v.dtype)
+        k_prev, v_prev = state.k.to(v.dtype), self._ranks(state.v.to(v.dtype))
+        w, v_ranks = steps.g.exp() * (state.zeta + steps.behind), self._ranks(v)
+        u, rows = state.u, []
+        for r in range(self.mimo_rank):
+            g = None if r else steps.g.unsqueeze(-1)
+            o, u = delta_rule_step(q[:, r], k_prev[:, r], v_prev[:, r], g, None, w.unsqueeze(-1), scale=1.0, state=u)
+            rows.append(o)
+        o = torch.stack(rows, 1) + unseen(q, k, v_ranks, steps.zeta, k_prev, v_prev, w)
+        kept = (x.to(old.dtype) for x, old in zip((k, v, steps.zeta, angle), state[1:], strict=True))
+        return self._output(o, v_ranks, z), Mamba3State(u, *kept)
+
+    def init_state(
+        self,
+        batch_size: int,
+        *,
+        max_tokens: int | None = None,  # noqa: ARG002 (the state has one size)
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> Mamba3State:
+        like, heads = self.in_proj.weight, (batch_size, self.num_heads)
+        u = zero_state(like, (*heads, self.d_state, self.head_dim), device, dtype)
+        cache = u.new_zeros(batch_size, self.mimo_rank, self.num_heads, self.d_state, dtype=dtype or like.dtype)
+        angle = u.new_zeros(*heads, self.num_angles)
+        return Mamba3State(u, cache, cache.new_zeros(*heads, self.head_dim), u.new_zeros(heads), angle)
+
+    def state_numel(self, tokens: int) -> int:  # noqa: ARG002 (the state has one size)
+        return self.num_heads * (self.d_state * self.head_dim + self.mimo_rank * self.d_state + self.head_dim + 1 + self.num_angles)
+
+    def flops(self, tokens: int) -> int:
+        rank, sizes = self.mimo_rank, self.d_state + self.head_dim
+        rule = delta_rule_flops(tokens * rank, self.num_heads, self.d_state, self.head_dim, erase=False)
+        pairs = rank * rank + rank * (rank - 1) // 2  # what the rows do not see: q . k and its product with v
+        return linear_flops(self, tokens) + rule + 2 * tokens * self.num_heads * pairs * sizes
+
+    def load_mamba_ssm(self, state_dict: Mapping[str, Tensor]) -> None:
+        """Takes the weights of a `mamba_ssm.modules.mamba3.Mamba3` of the same sizes (`headdim`, `ngroups` and `is_outproj_norm` are its names).
+
+        Raises:
+            ConfigError: a tensor that is missing, has another shape or is one that this layer does not have; nothing is changed then.
+        """
+        load_named(self, state_dict, MAMBA_SSM, "mamba_ssm")
+
+    def _project(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor, Steps]:
+        """z and v [.., H, V], normalised B and C [.., R, G, K], the steps."""
+        z, v, B, C, f, a, trap, theta = self.in_proj(x).split(self.parts, -1)
+        z, v = (t.unflatten(-1, (self.num_heads, -1)) for t in (z, v))
+        B, C = (t.unflatten(-1, (self.mimo_rank, self.num_groups, -1)) for t in (B, C))
+        return z, v, self.B_norm(B), self.C_norm(C), self.step_size(f, a, trap, theta)
+
+    def _keys(self, B: Tensor, C: Tensor, angle: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        q, k = self.rotary(B, C, angle)
+        return q.to(dtype), k.to(dtype)
+
+    def _ranks(self, v: Tensor) -> Tensor:
+        """v [.., H, V] scaled for every rank, [.., R, H, V], in v's dtype."""
+        scaled: Tensor = self.mimo_x(v.unsqueeze(-3))
+        return scaled.to(v.dtype)
+
+    def _output(self, o: Tensor, v: Tensor, z: Tensor) -> Tensor:
+        """o, v [.., R, H, V], z [.., H, V] -> [.., d_model]."""
+        gate = F.silu(self.mimo_z(z.unsqueeze(-3).to(o.dtype)))
+        y = self.mimo_o(self.norm(self.skip(o, v)) * gate).sum(-3)
+        out: Tensor = self.out_proj(y.flatten(-2).to(v.dtype))
+        return out
