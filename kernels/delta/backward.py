@@ -44,7 +44,7 @@ def value_gradients(problem: Problem, saved: Forward, do: Tensor, dR: Tensor) ->
 
     x, s, v_dim = problem.inputs, problem.settings, problem.sizes[1]
     out = {"dZ": dR, "dP": torch.empty_like(saved.P), "dT": torch.empty_like(saved.P) if s["B"] else dR}
-    out["sums"] = problem.new_sums() if s["G"] == 2 else dR
+    out["sums"], out["rest"] = problem.new_sums()
     out["dv"] = problem.gradient("v", v_dim)
     out["dw"] = problem.gradient("w", v_dim if s["W"] == 2 else 1) if s["W"] else dR
     names = ("S_V", "S_G", "S_W", "HV", "HG", "K", "V", "C", "G", "B", "W", "PACKED", "EXACT", "PRECISION")
@@ -63,13 +63,16 @@ def score_gradients(problem: Problem, saved: Forward, do: Tensor, dS: Tensor, ma
     options = problem.options("dscores")
     parts = k_dim // options["BK"]
     out = {"dq": problem.gradient("q", k_dim), "dk": problem.gradient("k", k_dim)}
+    out["dg"], out["db"] = made["sums"], dS  # G is not needed any more: a decay per channel leaves its gradient in its place
     for name in ("g", "b"):  # a scalar gate's gradient is summed over the programs, in float32
-        mode = s[name.upper()]
-        out["d" + name] = problem.gradient(name, k_dim) if mode == 2 else problem.gradient(name, parts, torch.float32) if mode else dS
+        if s[name.upper()] == 1:
+            out["d" + name] = problem.gradient(name, parts, torch.float32)
+    if s["B"] == 2:
+        out["db"] = problem.gradient("b", k_dim)
     names = ("S_Q", "S_K", "S_G", "S_B", "H", "HV", "K", "V", "C", "G", "B", "HG", "HB", "PACKED", "EXACT", "PRECISION")
     dscores_kernel[(problem.n_chunks * problem.v_heads * parts,)](
-        x["q"], x["k"], x["g"], x["b"], *problem.chunks, saved.R, saved.S, do, made["dZ"], dS, made["dP"], made["dT"], made["sums"], *out.values(),
-        scale, **problem.numbers, S_O=do.stride(1), **problem.only(*names), **options,
+        x["q"], x["k"], x["g"], x["b"], *problem.chunks, saved.R, saved.S, do, made["dZ"], dS, made["dP"], made["dT"], made["sums"], made["rest"],
+        *out.values(), scale, **problem.numbers, S_O=do.stride(1), **problem.only(*names), **options,
     )  # fmt: skip
     for name in ("g", "b"):
         if s[name.upper()] == 1:

@@ -48,10 +48,13 @@ class Problem(NamedTuple):
             options = self.options(kernel + "_narrow")
         return columns // options["BV"], options
 
-    def new_sums(self) -> Tensor:
-        """Room for G of every chunk [n, HV, 1 or 2, C, K] (`running_sums`)."""
-        s = self.settings
-        return self.inputs["q"].new_empty(self.n_chunks, self.v_heads, 1 + s["EXACT"], s["C"], s["K"], dtype=torch.float32)
+    def new_sums(self) -> tuple[Tensor, Tensor]:
+        """Room for G of every token [M, HV, K], in two parts where it is exact (`running_sums`); not read without a decay per channel."""
+        q, s = self.inputs["q"], self.settings
+        if s["G"] != 2:
+            return q, q
+        sums = q.new_empty(1 + s["EXACT"], q.shape[1], self.v_heads, s["K"], dtype=torch.float32)
+        return sums[0], sums[-1]
 
     def gradient(self, name: str, channels: int, dtype: torch.dtype | None = None) -> Tensor:
         """Room for the gradient of an input, one row a value head [M, HV, channels]: float32 where several heads' rows are to be summed."""
@@ -131,7 +134,8 @@ def intra(problem: Problem, scale: float) -> dict[str, Tensor]:
     x, s, (k_dim, v_dim) = problem.inputs, problem.settings, problem.sizes
     q, lead = x["q"], (problem.n_chunks, problem.v_heads)
     P = q.new_empty(*lead, CHUNK, CHUNK)
-    sums, T = tree_scores(problem, P, scale) if s["G"] == 2 else (q, q)
+    sums = problem.new_sums()
+    T = tree_scores(problem, P, sums, scale) if s["G"] == 2 else q
     out = {
         "P": P,
         "A": q.new_empty(*lead, CHUNK, CHUNK) if s["B"] else q,
@@ -143,24 +147,23 @@ def intra(problem: Problem, scale: float) -> dict[str, Tensor]:
     }
     names = ("S_Q", "S_K", "S_V", "S_G", "S_B", "S_W", "H", "HV", "K", "V", "C", "G", "B", "W", "HG", "HB", "PACKED", "EXACT", "PRECISION")
     solve_kernel[(problem.n_chunks * problem.v_heads,)](
-        *x.values(), *problem.chunks, sums, T, *out.values(), scale, **problem.numbers, **problem.only(*names), **problem.options("solve")
+        *x.values(), *problem.chunks, *sums, T, *out.values(), scale, **problem.numbers, **problem.only(*names), **problem.options("solve")
     )
     return out
 
 
-def tree_scores(problem: Problem, P: Tensor, scale: float) -> tuple[Tensor, Tensor]:
-    """Section 3: the scores below the diagonal, of the queries to `P`; returns the running sums of g, and T."""
+def tree_scores(problem: Problem, P: Tensor, sums: tuple[Tensor, Tensor], scale: float) -> Tensor:
+    """Section 3: the scores below the diagonal, of the queries to `P`, of e to the tensor that is returned; the running sums of g to `sums`."""
     from kernels.delta._triton.scores import scores_kernel
 
     x, s = problem.inputs, problem.settings
-    sums = problem.new_sums()
     # the inverse takes its products in float16 (solve.py)
     T = P.new_empty(P.shape, dtype=torch.float32 if s["EXACT"] else torch.float16) if s["B"] else P
     names = ("S_Q", "S_K", "S_B", "S_G", "H", "HV", "HB", "HG", "B", "K", "C", "PACKED", "EXACT", "PRECISION")
     scores_kernel[(problem.n_chunks * problem.v_heads,)](
-        x["q"], x["k"], x["b"], x["g"], *problem.chunks, sums, P, T, scale, **problem.numbers, **problem.only(*names), **problem.options("scores")
+        x["q"], x["k"], x["b"], x["g"], *problem.chunks, *sums, P, T, scale, **problem.numbers, **problem.only(*names), **problem.options("scores")
     )
-    return sums, T
+    return T
 
 
 def inter(problem: Problem, chunks: dict[str, Tensor], state: Tensor | None, shape: tuple[int, ...], save: bool) -> Forward:

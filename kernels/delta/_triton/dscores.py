@@ -37,7 +37,7 @@ def state_gradients(
 
 @triton.jit
 def add_level(
-    dq, de, dk, q, k, e, dP, dT, sums, at, level, B: tl.constexpr, K: tl.constexpr, C: tl.constexpr, BK: tl.constexpr,
+    dq, de, dk, q, k, e, dP, dT, sums, rest, rows, level, B: tl.constexpr, S: tl.constexpr, C: tl.constexpr, BK: tl.constexpr,
     EXACT: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Adds (4.6) between the halves of the blocks of 2h rows, h = 2^level; pointers dP and dT [C, C]."""
@@ -45,7 +45,7 @@ def add_level(
     square = r[:, None] * C + r[None, :]
     dtype = dP.dtype.element_ty
     anchor = ((r >> (level + 1)) << (level + 1)) + (1 << level) - 1
-    x = tl.exp2(-tl.abs(between(sums + at, r, anchor, c, K, C, EXACT)))  # x(r, a) or x(a, s), by the row's half
+    x = tl.exp2(-tl.abs(between(sums, rest, r, anchor, c, rows, S, EXACT)))  # x(r, a) or x(a, s), by the row's half
     upper = ((r >> level) & 1 == 1)[:, None]
     x_u, x_l = tl.where(upper, x, 0.0), tl.where(upper, 0.0, x)
     block = (r[:, None] ^ r[None, :]) >> level < 2
@@ -76,7 +76,7 @@ def plain_gradients(dq, de, dk, q, k, e, dP, dT, B: tl.constexpr, PRECISION: tl.
 
 @triton.jit(do_not_specialize=["tokens", "per_sequence", "sequences"])
 def dscores_kernel(
-    q, k, g, b, first_chunk, starts, lengths, R, S, do, dZ, dS, dP, dT, sums, dq, dk, dg, db, scale, tokens, per_sequence, sequences,
+    q, k, g, b, first_chunk, starts, lengths, R, S, do, dZ, dS, dP, dT, sums, rest, dq, dk, dg, db, scale, tokens, per_sequence, sequences,
     S_Q: tl.constexpr, S_K: tl.constexpr, S_G: tl.constexpr, S_B: tl.constexpr, S_O: tl.constexpr,
     H: tl.constexpr, HV: tl.constexpr, K: tl.constexpr, V: tl.constexpr, C: tl.constexpr, G: tl.constexpr, B: tl.constexpr,
     HG: tl.constexpr, HB: tl.constexpr, PACKED: tl.constexpr, EXACT: tl.constexpr, PRECISION: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr,
@@ -96,7 +96,8 @@ def dscores_kernel(
     k += start * S_K + (head // (HV // H)) * K + ck
     g += start * S_G + head // (HV // HG)  # read for a scalar gate only
     b += start * S_B + (head // (HV // HB)) * (K if B == 2 else 1) + (ck if B == 2 else 0)
-    sums += at * ((2 if EXACT else 1) * C * K)
+    sums += (start * HV + head) * K + ck
+    rest += (start * HV + head) * K + ck
     dq_c, de_c, dk_c, dgamma = state_gradients(
         do + start * S_O + head * V, dZ + at * C * V, R + at * C * V, S + row * V, dS + row * V, rows,
         S_O, B, V, C, BK, BV, PRECISION,
@@ -112,7 +113,7 @@ def dscores_kernel(
         e_c *= b_c
     if G:
         if G == 2:
-            from_start, to_end, total = channel_ends(sums, ck, K, C, BK, EXACT)
+            from_start, to_end, total = channel_ends(sums, rest, 0, rows, HV * K, C, BK, EXACT)
         else:
             from_start, to_end, total = decay_ends(g, rows, S_G, C)
             from_start, to_end = from_start[:, None], to_end[:, None]
@@ -122,7 +123,7 @@ def dscores_kernel(
     dT += at * C * C
     if G == 2:
         for level in range(6):
-            dq_c, de_c, dk_c = add_level(dq_c, de_c, dk_c, q_c, k_c, e_c, dP, dT, sums, ck, level, B, K, C, BK, EXACT, PRECISION)
+            dq_c, de_c, dk_c = add_level(dq_c, de_c, dk_c, q_c, k_c, e_c, dP, dT, sums, rest, rows, level, B, HV * K, C, BK, EXACT, PRECISION)
     else:
         dP_c = tl.load(dP + square)
         dT_c = dP_c
@@ -137,7 +138,8 @@ def dscores_kernel(
             dG += e_c * de_c
         if G == 2:
             dg_c = tl.cumsum(dG, 0, reverse=True) + dtotal[None, :]
-            tl.store(dg + to, dg_c.to(dg.dtype.element_ty), mask=inside)
+            tl.debug_barrier()  # dg takes the memory of the sums, which have all been read
+            tl.store(dg + to, dg_c, mask=inside)
             diagonal = tl.load(dP + r * (C + 1)).to(tl.float32)[:, None]  # it has no decay
             dq_c += diagonal * k_c
             dk_c += diagonal * q_c

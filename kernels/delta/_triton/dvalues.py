@@ -71,7 +71,7 @@ def score_gradients(
 
 @triton.jit(do_not_specialize=["tokens", "per_sequence", "sequences"])
 def dvalues_kernel(
-    v, g, w, first_chunk, starts, lengths, A, R, do, dZ, dP, dT, sums, dv, dw, tokens, per_sequence, sequences,
+    v, g, w, first_chunk, starts, lengths, A, R, do, dZ, dP, dT, sums, rest, dv, dw, tokens, per_sequence, sequences,
     S_V: tl.constexpr, S_G: tl.constexpr, S_W: tl.constexpr, S_O: tl.constexpr, HV: tl.constexpr, HG: tl.constexpr, K: tl.constexpr, V: tl.constexpr,
     C: tl.constexpr, G: tl.constexpr, B: tl.constexpr, W: tl.constexpr, PACKED: tl.constexpr, EXACT: tl.constexpr, PRECISION: tl.constexpr,
     BV: tl.constexpr,
@@ -96,4 +96,4 @@ def dvalues_kernel(
     if B:
         tl.store(dT + at * C + square, dT_c)
     if G == 2:
-        running_sums(g, sums + at * ((2 if EXACT else 1) * K), rows, S_G, K, C, EXACT)
+        running_sums(g, sums + token * K, rest + token * K, rows, S_G, HV * K, K, C, EXACT)

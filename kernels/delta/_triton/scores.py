@@ -12,8 +12,8 @@ from kernels.delta._triton.tree import between, chunk_rows, level_rows, n_chunks
 
 @triton.jit
 def level_scores(
-    q, k, b, sums, P, T, scale, rows, h: tl.constexpr, S_Q: tl.constexpr, S_K: tl.constexpr, S_B: tl.constexpr, B: tl.constexpr,
-    K: tl.constexpr, C: tl.constexpr, BK: tl.constexpr, EXACT: tl.constexpr, PRECISION: tl.constexpr,
+    q, k, b, sums, rest, P, T, scale, rows, h: tl.constexpr, S_Q: tl.constexpr, S_K: tl.constexpr, S_B: tl.constexpr, B: tl.constexpr,
+    S: tl.constexpr, K: tl.constexpr, C: tl.constexpr, BK: tl.constexpr, EXACT: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """P and T between the halves of the blocks of 2h rows (README.md, 3.3): the rows of q and e stacked, so that both are one product.
 
@@ -26,8 +26,8 @@ def level_scores(
     scores = tl.zeros([C if B else C // 2, C // 2], tl.float32)
     for kb in range(K // BK):
         at = kb * BK
-        x_u = tl.exp2(between(sums + at, upper, anchor, c, K, C, EXACT))
-        x_l = tl.exp2(between(sums + at, anchor, lower, c, K, C, EXACT))
+        x_u = tl.exp2(between(sums + at, rest + at, upper, anchor, c, rows, S, EXACT))
+        x_l = tl.exp2(between(sums + at, rest + at, anchor, lower, c, rows, S, EXACT))
         k_l = tl.load(k + at + (low[:, None] * S_K + c[None, :])).to(tl.float32) * x_l
         left = (tl.load(q + at + (up[:, None] * S_Q + c[None, :])).to(tl.float32) * x_u).to(dtype)
         if B:
@@ -50,7 +50,7 @@ def level_scores(
 
 @triton.jit(do_not_specialize=["tokens", "per_sequence", "sequences"])
 def scores_kernel(
-    q, k, b, g, first_chunk, starts, lengths, sums, P, T, scale, tokens, per_sequence, sequences,
+    q, k, b, g, first_chunk, starts, lengths, sums, rest, P, T, scale, tokens, per_sequence, sequences,
     S_Q: tl.constexpr, S_K: tl.constexpr, S_B: tl.constexpr, S_G: tl.constexpr, H: tl.constexpr, HV: tl.constexpr, HB: tl.constexpr, HG: tl.constexpr,
     B: tl.constexpr, K: tl.constexpr, C: tl.constexpr, PACKED: tl.constexpr, EXACT: tl.constexpr, PRECISION: tl.constexpr, BK: tl.constexpr,
 ):  # fmt: skip
@@ -60,12 +60,14 @@ def scores_kernel(
     if chunk >= n_chunks(first_chunk, per_sequence, sequences, PACKED):
         return
     start, rows = chunk_rows(chunk, starts, lengths, tokens, per_sequence, PACKED, C)
-    sums += wide(work) * ((2 if EXACT else 1) * C * K)
-    running_sums(g + start * S_G + (head // (HV // HG)) * K, sums, rows, S_G, K, C, EXACT)
+    sums += (start * HV + head) * K
+    rest += (start * HV + head) * K
+    running_sums(g + start * S_G + (head // (HV // HG)) * K, sums, rest, rows, S_G, HV * K, K, C, EXACT)
     q += start * S_Q + (head // (HV // H)) * K
     k += start * S_K + (head // (HV // H)) * K
     b += start * S_B + (head // (HV // HB)) * (K if B == 2 else 1)
     for level in tl.static_range(6):
         level_scores(
-            q, k, b, sums, P + wide(work) * C * C, T + wide(work) * C * C, scale, rows, 2**level, S_Q, S_K, S_B, B, K, C, BK, EXACT, PRECISION
-        )
+            q, k, b, sums, rest, P + wide(work) * C * C, T + wide(work) * C * C, scale, rows, 2**level,
+            S_Q, S_K, S_B, B, HV * K, K, C, BK, EXACT, PRECISION,
+        )  # fmt: skip

@@ -56,7 +56,7 @@ def inverse(T, C: tl.constexpr, EXACT: tl.constexpr):
 
 @triton.jit(do_not_specialize=["tokens", "per_sequence", "sequences"])
 def solve_kernel(
-    q, k, v, g, b, w, first_chunk, starts, lengths, sums, T, P, A, Y, U, Qg, Ktail, gamma, scale, tokens, per_sequence, sequences,
+    q, k, v, g, b, w, first_chunk, starts, lengths, sums, rest, T, P, A, Y, U, Qg, Ktail, gamma, scale, tokens, per_sequence, sequences,
     S_Q: tl.constexpr, S_K: tl.constexpr, S_V: tl.constexpr, S_G: tl.constexpr, S_B: tl.constexpr, S_W: tl.constexpr,
     H: tl.constexpr, HV: tl.constexpr, K: tl.constexpr, V: tl.constexpr, C: tl.constexpr,
     G: tl.constexpr, B: tl.constexpr, W: tl.constexpr, HG: tl.constexpr, HB: tl.constexpr,
@@ -80,7 +80,8 @@ def solve_kernel(
     g += start * S_G + (head // (HV // HG)) * (K if G == 2 else 1)
     b += start * S_B + (head // (HV // HB)) * (K if B == 2 else 1)
     w += start * S_W + head * (V if W == 2 else 1)
-    sums += at * ((2 if EXACT else 1) * K)
+    sums += (start * HV + head) * K
+    rest += (start * HV + head) * K
 
     # --- scores, and the inverse; without erase A = I
     if G == 2:
@@ -111,7 +112,7 @@ def solve_kernel(
         k_c = tl.load(k + ck + (r[:, None] * S_K + c[None, :]), mask=inside, other=0.0).to(tl.float32)
         q_c = tl.load(q + ck + (r[:, None] * S_Q + c[None, :]), mask=inside, other=0.0).to(tl.float32) * scale
         if G == 2:
-            from_start, to_end, total = channel_ends(sums, ck, K, C, BK, EXACT)
+            from_start, to_end, total = channel_ends(sums, rest, ck, rows, HV * K, C, BK, EXACT)
             tl.store(gamma + wide(work) * K + ck + c, total)
             diagonal += tl.sum(q_c * k_c, 1)
         to = at * K + ck + (r[:, None] * K + c[None, :])

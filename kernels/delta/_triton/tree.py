@@ -47,33 +47,38 @@ def log2_decay(g):
 
 
 @triton.jit
-def running_sums(g, sums, rows, S_G: tl.constexpr, K: tl.constexpr, C: tl.constexpr, EXACT: tl.constexpr):
-    """G of every channel [C, K], in log 2, to the program's scratch: row by row, a column a thread.
+def running_sums(g, sums, rest, rows, S_G: tl.constexpr, S: tl.constexpr, K: tl.constexpr, C: tl.constexpr, EXACT: tl.constexpr):
+    """G of every channel, in log 2, to `sums`: row by row, S numbers apart, a column a thread.
 
-    EXACT: in two parts, `sums` [2, C, K], the first a sum of multiples of 1 / GRID: after a decay of -1000 its differences still hold one of -1e-6.
+    EXACT: in two parts, the first a sum of multiples of 1 / GRID: after a decay of -1000 its differences still hold one of -1e-6.
     """
     c = tl.arange(0, K)
     total = tl.zeros([K], tl.float32)
-    rest = tl.zeros([K], tl.float32)
+    left = tl.zeros([K], tl.float32)
     for r in range(C):
-        g2 = log2_decay(tl.load(g + r * S_G + c, mask=(c < K) & (r < rows), other=0.0))
+        inside = (c < K) & (r < rows)
+        g2 = log2_decay(tl.load(g + r * S_G + c, mask=inside, other=0.0))
         if EXACT:
             coarse = tl.floor(g2 * GRID + 0.5) / GRID
-            rest += g2 - coarse
-            tl.store(sums + (C + r) * K + c, rest)
+            left += g2 - coarse
+            tl.store(rest + r * S + c, left, mask=inside)
             g2 = coarse
         total += g2
-        tl.store(sums + r * K + c, total)
+        tl.store(sums + r * S + c, total, mask=inside)
     tl.debug_barrier()
 
 
 @triton.jit
-def between(sums, r, a, c, K: tl.constexpr, C: tl.constexpr, EXACT: tl.constexpr):
-    """log2 of x(r, a), from the running sums of a chunk: rows r and a [R], channels c [BK] -> [R, BK]. Positive where r is before a."""
-    to, since = r[:, None] * K + c[None, :], a[:, None] * K + c[None, :]
+def between(sums, rest, r, a, c, rows, S: tl.constexpr, EXACT: tl.constexpr):
+    """log2 of x(r, a), from the running sums of a chunk: rows r and a [R], channels c [BK] -> [R, BK]. Positive where r is before a.
+
+    Nothing decays past the end of a sequence: those rows are its last one.
+    """
+    r, a = tl.minimum(r, rows - 1), tl.minimum(a, rows - 1)
+    to, since = r[:, None] * S + c[None, :], a[:, None] * S + c[None, :]
     x = tl.load(sums + to) - tl.load(sums + since)
     if EXACT:
-        x += tl.load(sums + C * K + to) - tl.load(sums + C * K + since)
+        x += tl.load(rest + to) - tl.load(rest + since)
     return x
 
 
@@ -95,16 +100,16 @@ def decay_ends(g, rows, S_G: tl.constexpr, C: tl.constexpr):
 
 
 @triton.jit
-def channel_ends(sums, at, K: tl.constexpr, C: tl.constexpr, BK: tl.constexpr, EXACT: tl.constexpr):
+def channel_ends(sums, rest, at, rows, S: tl.constexpr, C: tl.constexpr, BK: tl.constexpr, EXACT: tl.constexpr):
     """The same for a decay per channel: [C, BK], [C, BK], [BK]."""
-    r, c = tl.arange(0, C), tl.arange(0, BK)
-    here, last = sums + at + (r[:, None] * K + c[None, :]), sums + at + ((C - 1) * K + c)
-    start, total = tl.load(here), tl.load(last)
+    r, c = tl.minimum(tl.arange(0, C), rows - 1), tl.arange(0, BK)
+    here, last = at + (r[:, None] * S + c[None, :]), at + ((rows - 1) * S + c)
+    start, total = tl.load(sums + here), tl.load(sums + last)
     end = total[None, :] - start
     if EXACT:
-        rest, rest_total = tl.load(here + C * K), tl.load(last + C * K)
-        end += rest_total[None, :] - rest
-        start, total = start + rest, total + rest_total
+        fine, fine_total = tl.load(rest + here), tl.load(rest + last)
+        end += fine_total[None, :] - fine
+        start, total = start + fine, total + fine_total
     return tl.exp2(start), tl.exp2(end), tl.exp2(total)
 
 
