@@ -29,7 +29,7 @@ def state_gradients(problem: Problem, saved: Forward, do: Tensor, dfinal: Tensor
     from kernels.delta._triton.dstate import dstate_kernel
 
     dR, dS = torch.empty_like(saved.R), torch.empty_like(saved.S)
-    dinitial = torch.empty_like(saved.final)
+    dinitial = dfinal.new_empty(dfinal.shape)  # in the order of its axes, whatever the order of dfinal's
     programs, options = problem.serial_options("dstate")
     dstate_kernel[(programs,)](
         saved.Y, saved.P, saved.Qg, saved.Ktail, saved.gamma, do, dfinal.contiguous(), *problem.chunks, dR, dS, dinitial,

@@ -39,7 +39,8 @@ def delta_rule(
 
 
 def _padded(size: int) -> int:
-    return max(16, 1 << (size - 1).bit_length()) if size <= 64 else -(-size // 64) * 64 if size > MAX_HEAD else 1 << (size - 1).bit_length()
+    """The next size with kernels: a power of two from 16 on, and above MAX_HEAD (values only) a multiple of 64."""
+    return -(-size // 64) * 64 if size > MAX_HEAD else max(16, 1 << (size - 1).bit_length())
 
 
 @torch.library.custom_op("lightning_mixers::delta_rule", mutates_args=())
@@ -90,7 +91,7 @@ def _backward(
 
 @_backward.register_fake
 def _(q, k, v, g, b, w, scale, cu_seqlens, kept, do, dfinal):  # type: ignore[no-untyped-def]  # noqa: ARG001
-    return [*(x.new_empty(x.shape) for x in (q, k, v, g, b, w) if x is not None), torch.empty_like(dfinal)]
+    return [*(x.new_empty(x.shape) for x in (q, k, v, g, b, w) if x is not None), dfinal.new_empty(dfinal.shape)]
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: list[Tensor]) -> None:

@@ -20,6 +20,7 @@ from torch import Tensor
 
 from kernels import delta_rule
 from kernels.delta.reference import chunkwise, recurrent
+from recipes.commands import problems
 
 BACKEND = "triton"
 kernel: Callable[..., tuple[Tensor, Tensor]] = partial(delta_rule, backend=BACKEND)
@@ -27,15 +28,9 @@ kernel: Callable[..., tuple[Tensor, Tensor]] = partial(delta_rule, backend=BACKE
 # of the largest entry of each tensor; bfloat16 is held to a peer's error as well
 TOLERANCE = {torch.float32: 1e-5, torch.float16: 5e-3, torch.bfloat16: 2e-2}
 LOW = torch.bfloat16 if ON_GPU else torch.float16  # the half precision that runs here
-WIDTHS = {  # of g, b, w
-    "gdn2": ("channel", "channel", "channel"),
+WIDTHS = problems.WIDTHS | {
     "gdn2_scalar_erase": ("channel", "scalar", "channel"),
     "gdn2_scalar_write": ("channel", "channel", "scalar"),
-    "kda": ("channel", "scalar", "scalar"),
-    "gdn": ("scalar", "scalar", "scalar"),
-    "deltanet": ("absent", "scalar", "scalar"),
-    "gla": ("channel", "absent", "absent"),
-    "mamba2": ("scalar", "absent", "scalar"),
     "retnet": ("scalar", "absent", "absent"),
     "linear_attention": ("absent", "absent", "absent"),
 }

@@ -212,3 +212,17 @@ def test_a_gate_that_is_not_a_number_shows() -> None:
     g[:, 2] = float("nan")
     o, *_ = torch.ops.lightning_mixers.delta_rule(*(leaves[n] for n in "qkv"), g, leaves["b"], leaves["w"], 1.0, None, None, False)
     assert o[:, 2:].isnan().all()
+
+
+def test_gradients_that_come_in_another_layout() -> None:
+    """Transposed outputs have transposed gradients, whose memory is not in the order of their axes."""
+    leaves = make(case_of("gdn2", 16, 32, tokens=5, batch=2)).rounded(torch.float32, DEVICE).leaves
+    leaves = {name: x.detach().requires_grad_() for name, x in leaves.items()}
+    both = []
+    for function in (partial(delta_rule, backend="triton"), recurrent):
+        o, final = function(**leaves)
+        weights = [torch.linspace(-1, 1, x.numel(), device=DEVICE).view_as(x.transpose(-1, 1)) for x in (o, final)]
+        loss = (o.transpose(-1, 1) * weights[0]).sum() + (final.transpose(-1, 1) * weights[1]).sum()
+        both.append(torch.autograd.grad(loss, list(leaves.values())))
+    for got, wanted in zip(*both, strict=True):
+        torch.testing.assert_close(got, wanted, rtol=0, atol=1e-5)
