@@ -13,10 +13,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from kernels import causal_conv1d, causal_conv1d_step, delta_rule, delta_rule_step
+from mixers import mamba_ssm
 from mixers.base import SequenceMixer, at_least_one, divides, linear_flops, load_named
 from mixers.delta import delta_rule_flops
 from mixers.errors import ConfigError
 from mixers.layers import MIXER_GAIN, DecayModule, Linear, Skip, xavier
+from mixers.mamba_ssm import Backend, Resolved
 from mixers.state import DeltaState, zero_state
 
 MAMBA_SSM = {  # the parameters of mamba_ssm.modules.mamba2.Mamba2, each of one shape with ours
@@ -29,16 +31,18 @@ MAMBA_SSM = {  # the parameters of mamba_ssm.modules.mamba2.Mamba2, each of one 
     "norm.weight": "norm.weight",
     "out_proj.weight": "out_proj.weight",
 }
+# What backend "auto" is on a GPU with mamba-ssm, by the largest d_state of a class; tests/test_mamba_auto.py holds it against docs/benchmarks
+AUTO: dict[int, Resolved] = {64: "delta", 128: "delta"}
 
 
 @final
 class StepSize(DecayModule):
     """The step size Delta = softplus(f + delta) of each head and its log-decay -exp(a) * Delta. Args: `DecayModule`'s."""
 
-    def forward(self, f: Tensor) -> tuple[Tensor, Tensor]:
-        """f [.., H] -> g <= 0 and Delta, [.., H, 1] each, in at least float32."""
-        dt = F.softplus(f.to(self.delta.dtype) + self.delta)
-        return (-self.a.exp() * dt).unsqueeze(-1), dt.unsqueeze(-1)
+    def forward(self, f: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """f [.., H] -> g <= 0 and Delta, [.., H, 1] each, and the rate -exp(a) [H], in at least float32."""
+        rate, dt = -self.a.exp(), F.softplus(f.to(self.delta.dtype) + self.delta)
+        return (rate * dt).unsqueeze(-1), dt.unsqueeze(-1), rate
 
 
 @final
@@ -116,6 +120,7 @@ class Mamba2(SequenceMixer[DeltaState]):
         num_groups: groups of heads that share keys and queries (and the output norm), a divisor of the number of heads.
         conv_size: taps of the short convolution.
         norm_eps: epsilon of the output norm.
+        backend: delta (`kernels.delta_rule`), mamba_ssm (that package's SSD kernels; a decode step stays with delta), or auto (`AUTO`).
     """
 
     def __init__(
@@ -127,6 +132,7 @@ class Mamba2(SequenceMixer[DeltaState]):
         num_groups: int = 1,
         conv_size: int = 4,
         norm_eps: float = 1e-5,
+        backend: Backend = "auto",
     ) -> None:
         super().__init__(d_model)
         at_least_one(expand=expand, head_dim=head_dim, d_state=d_state, num_groups=num_groups)
@@ -136,6 +142,7 @@ class Mamba2(SequenceMixer[DeltaState]):
         divides("head_dim", head_dim, self.width, f"expand * d_model = {self.width} channels")
         self.num_heads, self.head_dim, self.d_state, self.num_groups = self.width // head_dim, head_dim, d_state, num_groups
         divides("num_groups", num_groups, self.num_heads, f"the {self.num_heads} heads (expand * d_model / head_dim)")
+        self.kernels = mamba_ssm.choose(backend, AUTO, d_state, mamba_ssm.ssd_refusal(head_dim, d_state), mamba_ssm.SSD_DTYPES)
         conv_width = self.width + 2 * num_groups * d_state
         init = xavier(MIXER_GAIN)
         self.in_proj = Linear(d_model, self.width + conv_width + self.num_heads, init=init)  # gate; x, B, C; f
@@ -150,16 +157,20 @@ class Mamba2(SequenceMixer[DeltaState]):
         gate, mixed, f = self._project(x_BTD)
         mixed, conv = self.conv1d(mixed, None if state is None else state.conv, cu_seqlens)
         q, k, v = self._heads(mixed)
-        g, dt = self.step_size(f)
-        o, S = delta_rule(q, k, v, g, None, dt, scale=1.0, state=None if state is None else state.S, cu_seqlens=cu_seqlens)
-        return self._output(o, v, gate), None if state is None else DeltaState(S, conv)
+        g, dt, rate = self.step_size(f)
+        before = None if state is None else state.S
+        if self.kernels.resolve(v.device, v.dtype) == "mamba_ssm":
+            o, S = mamba_ssm.ssd(q, k, v, dt.squeeze(-1), rate, before, cu_seqlens)
+        else:
+            o, S = delta_rule(q, k, v, g, None, dt, scale=1.0, state=before, cu_seqlens=cu_seqlens)
+        return self._output(o, v, gate), None if state is None or S is None else DeltaState(S, conv)
 
     def step(self, x_BD: Tensor, state: DeltaState) -> tuple[Tensor, DeltaState]:
         self.check_state(state, x_BD.shape[0])
         gate, mixed, f = self._project(x_BD)
         mixed, conv = self.conv1d.step(mixed, state.conv)
         q, k, v = self._heads(mixed)
-        g, dt = self.step_size(f)
+        g, dt, _ = self.step_size(f)
         o, S = delta_rule_step(q, k, v, g, None, dt, scale=1.0, state=state.S)
         return self._output(o, v, gate), DeltaState(S, conv)
 

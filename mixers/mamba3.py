@@ -13,11 +13,13 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from kernels import delta_rule, delta_rule_step
+from mixers import mamba_ssm
 from mixers.base import SequenceMixer, at_least_one, divides, linear_flops, load_named
 from mixers.delta import delta_rule_flops
 from mixers.errors import ConfigError
 from mixers.layers import MIXER_GAIN, Linear, Skip, xavier
-from mixers.mamba3_layers import HeadRMSNorm, PerRank, Rotary, Steps, StepSize, last_tokens, running_sum, shifted, unseen, wrapped
+from mixers.mamba3_layers import HeadRMSNorm, PerRank, Rotary, Steps, StepSize, last_tokens, running_sum, shifted, unseen, wrapped, written
+from mixers.mamba_ssm import Backend, Resolved
 from mixers.state import zero_state
 
 MAMBA_SSM = {  # the parameters of mamba_ssm.modules.mamba3.Mamba3, each of one shape with ours; those of other settings are absent in both
@@ -34,6 +36,8 @@ MAMBA_SSM = {  # the parameters of mamba_ssm.modules.mamba3.Mamba3, each of one 
     "norm.weight": "norm.weight",
     "out_proj.weight": "out_proj.weight",
 }
+# What backend "auto" is on a GPU with mamba-ssm, by the largest d_state of a class; tests/test_mamba_auto.py holds it against docs/benchmarks
+AUTO: dict[int, Resolved] = {64: "delta", 128: "delta"}
 
 
 class Mamba3State(NamedTuple):
@@ -69,6 +73,7 @@ class Mamba3(SequenceMixer[Mamba3State]):
         dt_max: largest Delta at the start.
         dt_floor: Delta at the start is raised to it.
         a_floor: -A is at least this.
+        backend: delta (`kernels.delta_rule`), mamba_ssm (that package's SISO kernels in bfloat16; a decode step stays with delta), or auto (`AUTO`).
     """
 
     def __init__(
@@ -86,6 +91,7 @@ class Mamba3(SequenceMixer[Mamba3State]):
         dt_max: float = 0.1,
         dt_floor: float = 1e-4,
         a_floor: float = 1e-4,
+        backend: Backend = "auto",
     ) -> None:
         super().__init__(d_model)
         at_least_one(expand=expand, head_dim=head_dim, d_state=d_state, num_groups=num_groups, mimo_rank=mimo_rank)
@@ -103,6 +109,8 @@ class Mamba3(SequenceMixer[Mamba3State]):
         for name, floor in (("dt_floor", dt_floor), ("a_floor", a_floor)):
             if floor <= 0:
                 raise ConfigError(f"{name}: must be above 0, got {floor:g}")
+        refusal = mamba_ssm.siso_refusal(head_dim, d_state, mimo_rank, self.num_angles)
+        self.kernels = mamba_ssm.choose(backend, AUTO, d_state, refusal, mamba_ssm.SISO_DTYPES)
         shared, init = mimo_rank * num_groups * d_state, xavier(MIXER_GAIN)
         self.parts = [self.width, self.width, shared, shared, *[self.num_heads] * 3, self.num_angles]  # z, v, B, C, f, a, trap, theta
         self.in_proj = Linear(d_model, sum(self.parts), init=init)
@@ -118,13 +126,46 @@ class Mamba3(SequenceMixer[Mamba3State]):
 
     def forward(self, x_BTD: Tensor, state: Mamba3State | None = None, *, cu_seqlens: Tensor | None = None) -> tuple[Tensor, Mamba3State | None]:
         self.check_input(x_BTD, state, cu_seqlens)
-        z, v, B, C, steps = self._project(x_BTD)
+        z, v, B, C, raw = self._project(x_BTD)
+        sequences, v_ranks = v.shape[0] if cu_seqlens is None else cu_seqlens.numel() - 1, self._ranks(v)
+        backend = self.kernels.resolve(v.device, v.dtype, sequences)
+        o, after = self.recurrence(backend, v, v_ranks, B, C, raw, state, cu_seqlens)
+        return self._output(o, v_ranks, z), after
+
+    def recurrence(
+        self,
+        backend: Resolved,
+        v: Tensor,
+        v_ranks: Tensor,
+        B: Tensor,
+        C: Tensor,
+        raw: list[Tensor],
+        state: Mamba3State | None = None,
+        cu_seqlens: Tensor | None = None,
+    ) -> tuple[Tensor, Mamba3State | None]:
+        """What a backend computes: the steps, rotation and recurrence, o [B, T, R, H, V] in at least float32.
+
+        Args:
+            backend: delta, or mamba_ssm where it can run.
+            v: [B, T, H, V].
+            v_ranks: it, scaled for every rank, [B, T, R, H, V].
+            B, C: normalised, [B, T, R, G, K].
+            raw: f, a, trap [B, T, H] and theta [B, T, A] of the projection.
+            state, cu_seqlens: as in `forward`.
+        """
+        steps = self.step_size(*raw)
+        if backend == "mamba_ssm":
+            return self._mamba_ssm(v, B, C, raw, steps, state, cu_seqlens)
+        return self._delta(v, v_ranks, B, C, steps, state, cu_seqlens)
+
+    def _delta(
+        self, v: Tensor, v_ranks: Tensor, B: Tensor, C: Tensor, steps: Steps, state: Mamba3State | None, cu_seqlens: Tensor | None
+    ) -> tuple[Tensor, Mamba3State | None]:
         angle = running_sum(steps.turn, None if state is None else state.angle, cu_seqlens)
         q, k = self._keys(B, C, angle, v.dtype)
         k_prev = shifted(k, None if state is None else state.k, cu_seqlens)
-        v_prev = shifted(v, None if state is None else state.v, cu_seqlens)
+        v_prev_ranks = self._ranks(shifted(v, None if state is None else state.v, cu_seqlens))
         w = steps.g.exp() * (shifted(steps.zeta, None if state is None else state.zeta, cu_seqlens) + steps.behind)
-        v_ranks, v_prev_ranks = self._ranks(v), self._ranks(v_prev)
         # R rows a token: the first one decays, all of them write with w
         g_rows = F.pad(steps.g.unsqueeze(2), (0, 0, 0, self.mimo_rank - 1)).unsqueeze(-1)
         w_rows = w[:, :, None, :, None].expand(-1, -1, self.mimo_rank, -1, -1)
@@ -132,15 +173,30 @@ class Mamba3(SequenceMixer[Mamba3State]):
         ends, u = None if cu_seqlens is None else cu_seqlens * self.mimo_rank, None if state is None else state.u
         o, u = delta_rule(q_rows, k_rows, v_rows, g_rows, None, w_rows, scale=1.0, state=u, cu_seqlens=ends)
         o = o.unflatten(1, (-1, self.mimo_rank)) + unseen(q, k, v_ranks, steps.zeta, k_prev, v_prev_ranks, w)
-        y = self._output(o, v_ranks, z)
         if state is None:
-            return y, None
+            return o, None
         kept = [last_tokens(x, cu_seqlens) for x in (k, v, steps.zeta, angle)]
-        return y, Mamba3State(u, *(x.to(old.dtype) for x, old in zip(kept, state[1:], strict=True)))
+        return o, Mamba3State(u, *(x.to(old.dtype) for x, old in zip(kept, state[1:], strict=True)))
+
+    def _mamba_ssm(
+        self, v: Tensor, B: Tensor, C: Tensor, raw: list[Tensor], steps: Steps, state: Mamba3State | None, cu_seqlens: Tensor | None
+    ) -> tuple[Tensor, Mamba3State | None]:
+        q_bias, k_bias = (bias.squeeze(1) for bias in self.rotary(B, C, None))
+        inputs = mamba_ssm.SisoInputs(C.squeeze(-3), B.squeeze(-3), v, steps.g, steps.delta, raw[2], raw[3], q_bias, k_bias)
+        if state is None:
+            return mamba_ssm.siso(inputs, None, cu_seqlens)[0].to(steps.g.dtype).unsqueeze(-3), None
+        h = state.u + written(state.zeta, state.k, state.v)  # there the last token is in the state
+        o, after = mamba_ssm.siso(inputs, mamba_ssm.SisoState(state.angle, h, state.k.squeeze(1), state.v), cu_seqlens)
+        assert after is not None
+        angle = running_sum(steps.turn, state.angle, cu_seqlens)  # theirs is rounded to bfloat16
+        kept = [after.k.unsqueeze(1), *(last_tokens(x, cu_seqlens) for x in (v, steps.zeta, angle))]
+        k, v, zeta, angle = (x.to(old.dtype) for x, old in zip(kept, state[1:], strict=True))
+        return o.to(steps.g.dtype).unsqueeze(-3), Mamba3State(after.h - written(zeta, k, v), k, v, zeta, angle)
 
     def step(self, x_BD: Tensor, state: Mamba3State) -> tuple[Tensor, Mamba3State]:
         self.check_state(state, x_BD.shape[0])
-        z, v, B, C, steps = self._project(x_BD)
+        z, v, B, C, raw = self._project(x_BD)
+        steps = self.step_size(*raw)
         angle = wrapped(state.angle + steps.turn)
         q, k = self._keys(B, C, angle, v.dtype)
         k_prev, v_prev = state.k.to(v.dtype), self._ranks(state.v.to(v.dtype))
@@ -185,12 +241,12 @@ class Mamba3(SequenceMixer[Mamba3State]):
         """
         load_named(self, state_dict, MAMBA_SSM, "mamba_ssm")
 
-    def _project(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor, Steps]:
-        """z and v [.., H, V], normalised B and C [.., R, G, K], the steps."""
-        z, v, B, C, f, a, trap, theta = self.in_proj(x).split(self.parts, -1)
+    def _project(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor, list[Tensor]]:
+        """z and v [.., H, V], normalised B and C [.., R, G, K], and what the steps are computed from: f, a, trap, theta."""
+        z, v, B, C, *raw = self.in_proj(x).split(self.parts, -1)
         z, v = (t.unflatten(-1, (self.num_heads, -1)) for t in (z, v))
         B, C = (t.unflatten(-1, (self.mimo_rank, self.num_groups, -1)) for t in (B, C))
-        return z, v, self.B_norm(B), self.C_norm(C), self.step_size(f, a, trap, theta)
+        return z, v, self.B_norm(B), self.C_norm(C), raw
 
     def _keys(self, B: Tensor, C: Tensor, angle: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
         q, k = self.rotary(B, C, angle)

@@ -105,6 +105,7 @@ class Steps(NamedTuple):
     zeta: Tensor  # weight of the token itself, lambda Delta
     behind: Tensor  # weight of the token before it, before the decay, (1 - lambda) Delta
     turn: Tensor  # [.., H, A] angle by which keys and queries turn from the token before
+    delta: Tensor  # step size Delta, the sum of zeta and behind
 
 
 @final
@@ -131,7 +132,7 @@ class StepSize(FP32Module):
         delta = F.softplus(f + self.dt_bias)
         g = -F.softplus(a).clamp_min(self.a_floor) * delta
         turn = math.pi * theta.tanh().unsqueeze(-2) * delta.unsqueeze(-1)
-        return Steps(g, trap.sigmoid() * delta, (-trap).sigmoid() * delta, turn)
+        return Steps(g, trap.sigmoid() * delta, (-trap).sigmoid() * delta, turn, delta)
 
 
 @final
@@ -148,14 +149,22 @@ class Rotary(FP32Module):
         nn.init.ones_(self.B_bias)
         nn.init.ones_(self.C_bias)
 
-    def forward(self, B: Tensor, C: Tensor, angle: Tensor) -> tuple[Tensor, Tensor]:
-        """B, C [.., R, G, K] in at least float32, angle [.., H, A] -> q, k [.., R, H, K]."""
+    def forward(self, B: Tensor, C: Tensor, angle: Tensor | None) -> tuple[Tensor, Tensor]:
+        """B, C [.., R, G, K] in at least float32, angle [.., H, A] -> q, k [.., R, H, K]. No angle: the biases of q and k alone, [H, R, K]."""
+        if angle is None:  # for kernels that add them and turn the sums themselves
+            return self.C_bias, self.B_bias
         k, q = (self._turned(x, bias, angle) for x, bias in ((B, self.B_bias), (C, self.C_bias)))
         return q, k
 
     def _turned(self, x: Tensor, bias: Tensor, angle: Tensor) -> Tensor:
         heads = x.unsqueeze(-2) + bias.transpose(0, 1).unflatten(1, (x.shape[-2], -1))  # [.., R, G, H / G, K]
         return rotate_pairs(heads.flatten(-3, -2), angle, neighbours=self.rank == 1)
+
+
+def written(zeta: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """zeta k v^T of rank 1: zeta [N, H], k [N, 1, H, K], v [N, H, V] -> [N, H, K, V] in at least float32."""
+    wide = zeta.dtype
+    return zeta[..., None, None] * k.squeeze(1).to(wide).unsqueeze(-1) * v.to(wide).unsqueeze(-2)
 
 
 @final

@@ -21,6 +21,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.backends.nvidia.compiler import CUDABackend
 from triton.compiler import ASTSource, make_backend
+from triton.experimental.gluon._runtime import GluonASTSource
 from triton.runtime.jit import JITFunction, create_function_from_signature
 
 sys.path.insert(0, str(Path(__file__).parents[1]))  # the checkout beside this file, installed or not
@@ -58,7 +59,8 @@ class Compilation(NamedTuple):
 
     def compile(self) -> Any:
         """The compiled kernel; Triton keeps it in its cache on disk."""
-        source = ASTSource(self.kernel, self.signature, self.constants, self.attributes)
+        source_of = GluonASTSource if self.kernel.is_gluon() else ASTSource
+        source = source_of(self.kernel, self.signature, self.constants, self.attributes)
         return triton.compile(source, target=target_of(self.architecture), options=self.options)
 
     def shared_memory(self) -> int:

@@ -10,6 +10,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from bench_cases import FakeClock, groups_of
+from mamba_ssm_cases import pretend
 from torch import Tensor
 
 from kernels import causal_conv1d, delta_rule, delta_rule_step
@@ -75,7 +76,7 @@ def fla_fixture(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.usefixtures("fla")
-@pytest.mark.parametrize("op", bench_groups.OPS)
+@pytest.mark.parametrize("op", [op for op in bench_groups.OPS if op not in ("ssd", "siso")])
 def test_peers_get_the_same_problem(op: str) -> None:
     found = groups_of(["fla", "sdpa"], op)
     for group in found:
@@ -90,6 +91,20 @@ def test_peers_get_the_same_problem(op: str) -> None:
             assert usable[1].leaves[name].data_ptr() == x.data_ptr()
     whats = [group.entries[0].what for group in found]
     assert whats == (["gdn2", "attention", "gdn2+norm", "kda", "kda+norm", "gdn", "gdn+norm"] if op == "delta" else whats[:1])
+
+
+@pytest.mark.parametrize("op", ["ssd", "siso"])
+def test_mamba_ssm_gets_the_same_problem(op: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    called = pretend(monkeypatch)
+    (group,) = groups_of(["mamba_ssm"], op)
+    usable, errors = bench_ops.prove(group, torch.float32)
+    assert len(called) == 1
+    assert [entry.what for entry in usable] == [op, op]
+    assert [entry.impl.split()[0] for entry in usable] == ["ours", "mamba_ssm"]
+    assert all(max(its.values()) < 1e-5 for its in errors)
+    assert {"out0", "dx" if op == "ssd" else "dtheta"} <= errors[1].keys()
+    (alone,) = groups_of([], op)
+    assert [entry.impl for entry in alone.entries] == ["ours"]
 
 
 @pytest.mark.usefixtures("fla")

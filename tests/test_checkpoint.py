@@ -3,13 +3,18 @@
 from __future__ import annotations
 
 import zipfile
+from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
 from lit_cases import fit, make_batch, make_lit, make_lm, one_thread, saved  # noqa: F401
 
+from lit_modules import checkpoint
+from lit_modules.decoder_lm import DecoderLM
 from lit_modules.lit_lm import LitLM, load_lm, read_checkpoint
+from mixers import mamba_ssm
 from mixers.errors import ConfigError
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # Lightning's advice: no logger, few workers, ..
@@ -131,3 +136,18 @@ def test_lightnings_own_loading_takes_the_checkpoint_too(tmp_path):
     again = LitLM.load_from_checkpoint(path, lm=make_lm(), weights_only=True)
     assert all(torch.equal(p, lit.lm.get_parameter(name)) for name, p in again.lm.named_parameters())
     assert again.tokens == 12
+
+
+def test_the_backend_of_the_training_does_not_bind_its_checkpoint(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Written with mamba_ssm, read without it, and fit for a model of another backend."""
+    settings = {"vocab_size": 9, "d_model": 16, "n_layers": 1, "mlp_width": 8, "layout": ["mamba2"]}
+    mixers: dict[str, Any] = {"head_dim": 8, "d_state": 8}
+    with monkeypatch.context() as patch:
+        patch.setattr(mamba_ssm, "missing", lambda: None)
+        patch.setattr(torch.cuda, "is_available", lambda: True)
+        lm = DecoderLM(**settings, mixers={"mamba2": {**mixers, "backend": "mamba_ssm"}})
+    contents: dict[str, Any] = {"state_dict": {f"lm.{name}": value for name, value in lm.state_dict().items()}}
+    checkpoint.write_header(contents, lm, 0)
+    torch.save(contents, tmp_path / "mamba.ckpt")
+    assert checkpoint.load_lm(tmp_path / "mamba.ckpt").settings["mixers"]["mamba2"]["backend"] == "auto"
+    checkpoint.check_same_model(lm.settings, DecoderLM(**settings, mixers={"mamba2": mixers}).settings, "mamba.ckpt")

@@ -12,8 +12,9 @@ from cli_cases import here_fixture, one_thread  # noqa: F401
 from doctor_cases import GPU, attempts_fixture, own_cache_fixture  # noqa: F401
 
 from kernels import backend as backends
-from mixers import registry
+from mixers import mamba_ssm, registry
 from mixers.base import SequenceMixer
+from mixers.errors import ConfigError
 from recipes.__main__ import main
 from recipes.commands import checks, gpu_ready, problems
 from recipes.commands.checks import Result
@@ -74,6 +75,16 @@ class Fragile(SequenceMixer[Any]):
         raise RuntimeError("needs a GPU")
 
     init_state = step = state_numel = flops = forward  # type: ignore[assignment]
+
+
+@pytest.mark.parametrize("name", ["mamba2", "mamba3"])
+def test_a_mixer_on_mamba_ssm(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(mamba_ssm, "missing", lambda: None)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    mixer = registry.build(name, 32, {name: {"backend": "mamba_ssm"}})
+    assert "delta_rule: mamba_ssm" in gpu_ready.describe(gpu_ready.trace(mixer, torch.bfloat16, GPU))
+    with pytest.raises(ConfigError, match=r"^backend: mamba_ssm cannot run: its kernels compute in "):
+        gpu_ready.trace(mixer, torch.float64, GPU)
 
 
 def test_a_mixer_that_cannot_be_traced_is_not_refused() -> None:

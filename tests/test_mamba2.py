@@ -162,7 +162,7 @@ def test_initial_values_and_roles() -> None:
     groups = mixer.parameter_groups()
     assert groups.fp32 == {"step_size.a", "step_size.delta", "skip.D"}
     assert groups.no_decay == groups.fp32 | {"conv1d.bias", "norm.weight"}
-    g, step = mixer.bfloat16().step_size(torch.randn(3, 256, dtype=torch.bfloat16))
+    g, step, _ = mixer.bfloat16().step_size(torch.randn(3, 256, dtype=torch.bfloat16))
     assert g.dtype == step.dtype == torch.float32
 
 

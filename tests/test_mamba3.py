@@ -191,8 +191,9 @@ def test_steps_at_the_ends_of_their_ranges() -> None:
     step_size = built().step_size
     ends = torch.tensor([-1e4, -50.0, 50.0, 1e4], dtype=torch.float64)
     delta = F.softplus(step_size.dt_bias)
-    g, zeta, behind, turn = step_size(torch.zeros(4, dtype=torch.float64), ends, ends, ends[[0, 3]])
+    g, zeta, behind, turn, step = step_size(torch.zeros(4, dtype=torch.float64), ends, ends, ends[[0, 3]])
     assert_close(g, -torch.tensor([1e-4, 1e-4, 50, 1e4], dtype=torch.float64) * delta, "g")
+    assert_close(step, delta.expand(4), "step size")
     assert_close(zeta + behind, delta, "both weights")
     assert_close(zeta / delta, torch.tensor([0, math.exp(-50), 1, 1], dtype=torch.float64), "lambda")
     assert_close(turn, math.pi * torch.tensor([-1, 1], dtype=torch.float64) * delta.unsqueeze(1), "turn")

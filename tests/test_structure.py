@@ -82,7 +82,7 @@ def test_imports_go_one_way(path: Path) -> None:
 @pytest.mark.parametrize("path", FILES, ids=relative)
 def test_triton_is_imported_only_by_kernels(path: Path) -> None:
     found = [x for x in imports_in(path) if x.module.split(".")[0] == "triton"]
-    if re.fullmatch(r"kernels/\w+/_triton/\w+\.py", relative(path)):
+    if re.fullmatch(r"kernels/\w+/_(triton|gluon)/\w+\.py", relative(path)):
         return
     if re.fullmatch(r"kernels/\w+/(op|forward|backward)\.py", relative(path)):
         found = [x for x in found if not x.in_function]
@@ -114,7 +114,7 @@ def test_light_imports(module: str) -> None:
 
 
 def test_importing_every_module_of_kernels_and_mixers_loads_neither_triton_nor_lightning() -> None:
-    paths = [path for path in FILES if relative(path).startswith(("kernels/", "mixers/")) and "_triton" not in path.parts]
+    paths = [path for path in FILES if relative(path).startswith(("kernels/", "mixers/")) and not {"_triton", "_gluon"} & set(path.parts)]
     modules = [".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__") for path in paths]
     modules = [m for m in modules if m not in ("mixers.testing", "mixers.contract")]  # a test module for plug-ins
     assert len(modules) > 10

@@ -6,8 +6,10 @@ Here for every kernel and tile the launch that asks for most; all of them: `make
 from __future__ import annotations
 
 import logging
+import re
 from collections.abc import Callable
 from functools import cache
+from typing import Any
 
 import pytest
 import torch
@@ -118,33 +120,104 @@ def picked_and_launched() -> Find:
     return find
 
 
+def of_every_size(found: list[offline.Compilation]) -> list[offline.Compilation]:
+    """Of every kernel for 16-bit inputs, tile and K x V the launch with the widest gates. Fewer than four warps make no products of their own kind:
+    one size stands for all."""
+
+    def kind(one: offline.Compilation) -> tuple[Any, ...]:
+        constants = {one.kernel.arg_names[path[0]]: value for path, value in one.constants.items()}
+        warps = one.options["num_warps"]
+        sizes = [constants.get(name) for name in ("K", "V", "BK", "BV") if warps >= 4]
+        return one.kernel.__module__, one.kernel.__name__, warps, one.options["num_stages"], *sizes
+
+    half = [one for one in found if not any(t == "*fp32" for t in list(one.signature.values())[:1])]
+    by_gates = sorted(half, key=lambda one: sum(value for value in one.constants.values() if isinstance(value, int)))
+    return list({kind(one): one for one in by_gates}.values())
+
+
 def test_kernels_compile_to_the_end_on_hopper(picked_and_launched: Find) -> None:
     """With the assembler, whose code is read for its known fault; the others stop before it. First, so that the next test finds these in Triton's
     cache."""
     _, found = picked_and_launched("sm_90")
-    lost = {}
-    for compilation in offline.representative(found):
-        if not any(t == "*fp32" for t in list(compilation.signature.values())[:1]):
-            lost[compilation.label] = sass.never_written(sass.instructions(compilation.compile().asm["cubin"]))
-    assert lost
-    assert not {label: found[:2] for label, found in lost.items() if found}
+    chosen = of_every_size(found)
+    assert chosen
+    assert not {one.label: faults[:2] for one in chosen if (faults := faults_of(one))}
 
 
-def test_a_lost_register_is_seen() -> None:
-    """The lines are those of kernels that failed on an H100, and of their neighbours that did not."""
-    good = [
-        ("ULDC.64", ["UR8", "c[0x0][0x208]"]),
-        ("LDG.E.128", ["R8", "desc[UR8][R8.64]"]),
-        ("UIMAD.WIDE.U32", ["UR16", "UR8", "0x2", "URZ"]),
-        ("UIADD3", ["UR18", "UP0", "UR16", "0x20", "URZ"]),
-        ("UIADD3.X", ["UR19", "UR17", "-0x3ffffff0", "URZ", "UP0", "!UPT"]),
-        ("HGMMA.64x32x16.F32", ["R40", "R80", "gdesc[UR16].tnspB", "RZ", "!UPT"]),
-        ("HGMMA.64x32x16.F32", ["R40", "gdesc[UR16].tnspB", "R40"]),
+def faults_of(launch: offline.Compilation) -> list[str]:
+    code = launch.compile().asm
+    if "STAGES" in launch.kernel.arg_names:  # where operands lie in a ring of buffers hangs on the loop's index, which the check does not know
+        return []
+    return sass.faults(code["ptx"], code["cubin"], launch.options["num_warps"])
+
+
+def dscores_launch(G: int, K: int, V: int, BK: int) -> offline.Compilation:
+    """One with 64 value columns a block and 8 warps; such a tile was shipped once."""
+    from kernels.delta._triton.dscores import dscores_kernel
+
+    numbers: dict[str, Any] = {"K": K, "V": V, "C": 64, "G": G, "B": 2, "BK": BK, "BV": 64, "PACKED": False, "EXACT": False, "PRECISION": "tf32"}
+    numbers |= dict.fromkeys(("S_Q", "S_K", "S_G", "S_B"), 2 * K) | {"S_O": 2 * V} | dict.fromkeys(("H", "HV", "HG", "HB"), 2)
+    numbers |= {"scale": 0.1, "tokens": 130, "per_sequence": 3, "sequences": 1}
+    half, full = torch.zeros(1, dtype=torch.bfloat16), torch.zeros(1)
+    with offline.launches("sm_90") as found:
+        arguments = {name: numbers.get(name, full if name in ("sums", "rest", "dg") else half) for name in dscores_kernel.arg_names}
+        dscores_kernel[(1,)](**arguments, num_warps=8, num_stages=1)
+    (launch,) = found.values()
+    return launch
+
+
+@pytest.mark.parametrize(
+    ("launch", "what"),
+    [
+        # on an H100: garbage in dk and dg, illegal reads. The registers were written, with something else
+        ({"G": 2, "K": 64, "V": 64, "BK": 32}, r"HGMMA\.64x16x16.* reads \? for 0x8000002000000280"),
+        ({"G": 2, "K": 16, "V": 64, "BK": 16}, r"UIADD3 .* reads what was never written"),
+    ],
+)
+def test_lost_registers_are_found(launch: dict[str, int], what: str) -> None:
+    assert any(re.search(what, line) for line in faults_of(dscores_launch(**launch)))
+
+
+def test_sound_code_is_not_complained_about() -> None:
+    """Right on an H100, of the kernel and the tile that failed at other sizes."""
+    assert faults_of(dscores_launch(G=2, K=128, V=128, BK=32)) == []
+
+
+def test_a_loop_is_walked_until_its_condition_fails_or_twice() -> None:
+    """In PTX and in machine code; the second product's descriptor is wrong from the second turn on."""
+    ptx = """.entry
+        mov.b32 %r1, global_smem;
+        shr.u32 %r1, %r1, 4;
+        mov.b32 %r2, 0;
+    $L_1:
+        cvt.u64.u32 %rd1, %r1;
+        or.b64 %rd2, %rd1, 4611686293305294848;
+        wgmma.mma_async.sync {%r5}, {%r6}, %rd2, 0, 1, 1, 0;
+        add.s32 %r2, %r2, 1;
+        setp.lt.u32 %p1, %r2, 3;
+        @%p1 bra $L_1;
+    """.replace("    $L", "$L")
+    lines = [
+        ("S2UR", "UR5", "SR_CgaCtaId"),
+        ("UMOV", "UR4", "0x400"),
+        ("ULEA", "UR4", "UR5", "UR4", "0x18"),
+        ("USHF.R.U32.HI", "UR6", "URZ", "0x4", "UR4"),
+        ("UMOV", "UR7", "0x40000040"),
+        ("UMOV", "UR8", "URZ"),
+        ("HGMMA.64x16x16.F32.BF16", "R24", "R40", "gdesc[UR4]", "R24"),
+        ("UIADD3", "UR8", "UR8", "0x1", "URZ"),
+        ("UISETP.LT.U32.AND", "UP0", "UPT", "UR8", "0x3", "UPT"),
+        ("PLOP3.LUT", "P0", "PT", "PT", "PT", "UP0", "0x80", "0x0"),
     ]
-    assert sass.never_written(iter(good)) == []
-    assert sass.never_written(iter([*good[:3], ("UIADD3", ["UR18", "UP0", "UR18", "0x20", "URZ"])])) == ["UIADD3 UR18, UP0, UR18, 0x20, URZ"]
-    assert sass.never_written(iter([("UPRMT", ["UR12", "UR15", "0x7732", "URZ"])])) == ["UPRMT UR12, UR15, 0x7732, URZ"]
-    assert sass.never_written(iter([*good[:3], good[-1]])) != []
+    code = [sass.Line("", "", operation, operands) for operation, *operands in lines]
+    code = [*code[:6], sass.Line(".L_1", "", "", [""]), *code[6:], sass.Line("", "P0", "BRA", ["`(.L_1)"])]
+    right = [[0x40000040 << 32 | 0x40]] * 3
+    assert [found for _, found in sass.Ptx(0).products(sass.ptx_code(ptx))] == right
+    assert [found for _, found in sass.Machine(0).products(code)] == right
+    clobbered = [*code[:-1], sass.Line("", "", "ULDC", ["UR6", "c[0x0][0x210]"]), code[-1]]
+    assert [found for _, found in sass.Machine(0).products(clobbered)] == [right[0], [None], [None]]
+    unknown = [*code[:-2], code[-1]]
+    assert [found for _, found in sass.Machine(0).products(unknown)] == right[:2]
 
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
@@ -162,4 +235,5 @@ def test_every_row_and_every_safe_tile_is_launched(architecture: str, picked_and
     tables = offline.tables().values()
     rows = {(table.op, kernel, key) for table in tables for kernel, key, _ in table.entries() if key.architecture == architecture}
     assert not rows - picked
-    assert {(table.op, kernel) for table in tables for kernel in table.safe} == {(op, kernel) for op, kernel, _ in picked}
+    here = {(table.op, kernel) for table in tables for kernel in table.safe if architecture == "sm_90" or not kernel.endswith("_hopper")}
+    assert here == {(op, kernel) for op, kernel, _ in picked}

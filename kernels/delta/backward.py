@@ -16,7 +16,7 @@ def launch(q: Tensor, k: Tensor, v: Tensor, g: Tensor | None, b: Tensor | None, 
     problem = make_problem(q, k, v, g, b, w, cu_seqlens)
     do = as_rows(do)
     dR, dS, dinitial = state_gradients(problem, saved, do, dfinal)
-    made = value_gradients(problem, saved, do, dR)
+    made = value_gradients(problem, saved, do, dR, scale)
     made |= score_gradients(problem, saved, do, dS, made, scale)
     inputs = {"dq": q, "dk": k, "dv": v, "dg": g, "db": b, "dw": w}
     dq, dk, dv, dg, db, dw = (None if x is None else sum_heads(made[name], x) for name, x in inputs.items())
@@ -26,54 +26,65 @@ def launch(q: Tensor, k: Tensor, v: Tensor, g: Tensor | None, b: Tensor | None, 
 
 def state_gradients(problem: Problem, saved: Forward, do: Tensor, dfinal: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """(4.1) and (4.3), serially from the last chunk: dR, the gradients of the states behind the chunks, the gradient of the initial state."""
-    from kernels.delta._triton.dstate import dstate_kernel
-
     dR, dS = torch.empty_like(saved.R), torch.empty_like(saved.S)
     dinitial = dfinal.new_empty(dfinal.shape)  # in the order of its axes, whatever the order of dfinal's
-    programs, options = problem.serial_options("dstate")
+    programs, hopper, options = problem.serial_options("dstate")
+    names = ["HV", "K", "V", "C", "G", "B", "PACKED"]
+    if hopper:
+        from kernels.delta._gluon.dstate import dstate_kernel
+    else:
+        from kernels.delta._triton.dstate import dstate_kernel
+
+        names += ["PRECISION"]
     dstate_kernel[(programs,)](
         saved.Y, saved.P, saved.Qg, saved.Ktail, saved.gamma, do, dfinal.contiguous(), *problem.chunks, dR, dS, dinitial,
-        **problem.lengths, S_O=do.stride(1), **problem.only("HV", "K", "V", "C", "G", "B", "PACKED", "PRECISION"), **options,
+        **problem.lengths, S_O=do.stride(1), **problem.only(*names), **options,
     )  # fmt: skip
     return dR, dS, dinitial
 
 
-def value_gradients(problem: Problem, saved: Forward, do: Tensor, dR: Tensor) -> dict[str, Tensor]:
-    """(4.2) and (4.5): dv, dw, dZ in dR's memory, dP and dT; and G once more, for the next launch."""
+def value_gradients(problem: Problem, saved: Forward, do: Tensor, dR: Tensor, scale: float) -> dict[str, Tensor]:
+    """(4.2) and (4.5): dv, dw, dZ in dR's memory, dP times scale, and dT; and G once more, for the next launch."""
     from kernels.delta._triton.dvalues import dvalues_kernel
 
     x, s, v_dim = problem.inputs, problem.settings, problem.sizes[1]
     out = {"dZ": dR, "dP": torch.empty_like(saved.P), "dT": torch.empty_like(saved.P) if s["B"] else dR}
-    out["sums"], out["rest"] = problem.new_sums()
+    sums = s["G"] == 2 and not problem.hopper
+    out["sums"], out["rest"] = problem.new_sums() if sums else (dR, dR)
     out["dv"] = problem.gradient("v", v_dim)
     out["dw"] = problem.gradient("w", v_dim if s["W"] == 2 else 1) if s["W"] else dR
     names = ("S_V", "S_G", "S_W", "HV", "HG", "K", "V", "C", "G", "B", "W", "PACKED", "EXACT", "PRECISION")
     dvalues_kernel[(problem.n_chunks * problem.v_heads,)](
-        x["v"], x["g"], x["w"], *problem.chunks, saved.A, saved.R, do, *out.values(), **problem.numbers,
-        S_O=do.stride(1), **problem.only(*names), **problem.options("dvalues"),
+        x["v"], x["g"], x["w"], *problem.chunks, saved.A, saved.R, do, *out.values(), scale, **problem.numbers,
+        S_O=do.stride(1), SUMS=sums, **problem.only(*names), **problem.options("dvalues"),
     )  # fmt: skip
     return out
 
 
 def score_gradients(problem: Problem, saved: Forward, do: Tensor, dS: Tensor, made: dict[str, Tensor], scale: float) -> dict[str, Tensor]:
     """(4.4) and (4.6) to (4.9): dq, dk, dg, db. `made` are the results of `value_gradients`."""
-    from kernels.delta._triton.dscores import dscores_kernel
-
     x, s, k_dim = problem.inputs, problem.settings, problem.sizes[0]
-    options = problem.options("dscores")
+    options = problem.options("dscores_hopper" if problem.hopper else "dscores")
     parts = k_dim // options["BK"]
     out = {"dq": problem.gradient("q", k_dim), "dk": problem.gradient("k", k_dim)}
-    out["dg"], out["db"] = made["sums"], dS  # G is not needed any more: a decay per channel leaves its gradient in its place
+    # where a launch before has put G, which is not needed any more, the gradient of a decay per channel takes its place
+    out["dg"] = problem.gradient("g", k_dim, torch.float32) if s["G"] == 2 and problem.hopper else made["sums"]
+    out["db"] = problem.gradient("b", k_dim) if s["B"] == 2 else dS
     for name in ("g", "b"):  # a scalar gate's gradient is summed over the programs, in float32
         if s[name.upper()] == 1:
             out["d" + name] = problem.gradient(name, parts, torch.float32)
-    if s["B"] == 2:
-        out["db"] = problem.gradient("b", k_dim)
-    names = ("S_Q", "S_K", "S_G", "S_B", "H", "HV", "K", "V", "C", "G", "B", "HG", "HB", "PACKED", "EXACT", "PRECISION")
+    tensors = [x["q"], x["k"], x["g"], x["b"], *problem.chunks, saved.R, saved.S, do, made["dZ"], dS, made["dP"], made["dT"]]
+    names = ["S_Q", "S_K", "S_G", "S_B", "H", "HV", "K", "V", "C", "G", "B", "HG", "HB", "PACKED"]
+    if problem.hopper:
+        from kernels.delta._gluon.dscores import dscores_kernel
+    else:
+        from kernels.delta._triton.dscores import dscores_kernel
+
+        tensors += [made["sums"], made["rest"]]
+        names += ["EXACT", "PRECISION"]
     dscores_kernel[(problem.n_chunks * problem.v_heads * parts,)](
-        x["q"], x["k"], x["g"], x["b"], *problem.chunks, saved.R, saved.S, do, made["dZ"], dS, made["dP"], made["dT"], made["sums"], made["rest"],
-        *out.values(), scale, **problem.numbers, S_O=do.stride(1), **problem.only(*names), **options,
-    )  # fmt: skip
+        *tensors, *out.values(), scale, **problem.numbers, S_O=do.stride(1), **problem.only(*names), **options
+    )
     for name in ("g", "b"):
         if s[name.upper()] == 1:
             out["d" + name] = out["d" + name].sum(-1, keepdim=True)

@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
+from kernels import tiles
 from kernels.delta.reference import CHUNK
 from kernels.delta.tiles import FEW_PROGRAMS, TILES
 from kernels.tiles import Tile
 from kernels.varlen import device_chunks, most_chunks
+
+# Of `_gluon/intra.py` by K: a thread holds two channels of 16 rows, so K is the number of warps; with these two or three programs fit side by side.
+INTRA_REGISTERS = {64: 168, 128: 128, 256: 128}
 
 
 class Problem(NamedTuple):
@@ -27,7 +32,7 @@ class Problem(NamedTuple):
 
     def tile(self, kernel: str) -> Tile:
         q = self.inputs["q"]
-        return TILES.pick(kernel, q.device, q.element_size(), max(self.sizes))
+        return TILES.pick(kernel, q.device, q.element_size(), max(self.sizes) if min(self.sizes) >= 64 else min(self.sizes))
 
     @property
     def numbers(self) -> dict[str, int]:
@@ -40,13 +45,24 @@ class Problem(NamedTuple):
         blocks = {name: min(size, self.settings[name[1]]) for name, size in tile.blocks.items()}
         return tile._replace(blocks=blocks).options()
 
-    def serial_options(self, kernel: str) -> tuple[int, dict[str, int]]:
-        """The programs and the options of a pass over chunks: one a sequence, head and block of value columns."""
+    def serial_options(self, kernel: str) -> tuple[int, bool, dict[str, int]]:
+        """A pass over chunks, one program a sequence, head and block of value columns: how many, whether it is of `_gluon`, its options."""
         columns = self.sequences * self.v_heads * self.sizes[1]
         options = self.options(kernel)
-        if self.settings["PACKED"] or columns // options["BV"] < FEW_PROGRAMS:  # one tile for any number of documents: a new one compiles nothing
-            options = self.options(kernel + "_narrow")
-        return columns // options["BV"], options
+        # one tile for any number of documents: a new one compiles nothing
+        narrow = self.settings["PACKED"] or columns // options["BV"] < FEW_PROGRAMS
+        hopper = narrow and self.hopper and self.sizes[0] in (64, 128)
+        if narrow:
+            options = self.options(kernel + ("_hopper" if hopper else "_narrow"))
+        if hopper:
+            options["STAGES"] = options["num_stages"]
+        return columns // options["BV"], hopper, options
+
+    @property
+    def hopper(self) -> bool:
+        """Whether there are kernels of `_gluon` for it: 16-bit inputs on an sm_90."""
+        q = self.inputs["q"]
+        return tiles.architecture(q.device) == "sm_90" and q.element_size() == 2
 
     def new_sums(self) -> tuple[Tensor, Tensor]:
         """Room for G of every token [M, HV, K], in two parts where it is exact (`running_sums`); not read without a decay per channel."""
@@ -128,16 +144,11 @@ def launch(q: Tensor, k: Tensor, v: Tensor, g: Tensor | None, b: Tensor | None, 
 
 
 def intra(problem: Problem, scale: float) -> dict[str, Tensor]:
-    """(2.2): A, P, Y, U, Qg, Ktail and gamma of every chunk."""
-    from kernels.delta._triton.solve import solve_kernel
-
+    """(2.2): P, A, Y, U, Qg, Ktail and gamma of every chunk."""
     x, s, (k_dim, v_dim) = problem.inputs, problem.settings, problem.sizes
     q, lead = x["q"], (problem.n_chunks, problem.v_heads)
-    P = q.new_empty(*lead, CHUNK, CHUNK)
-    sums = problem.new_sums()
-    T = tree_scores(problem, P, sums, scale) if s["G"] == 2 else q
     out = {
-        "P": P,
+        "P": q.new_empty(*lead, CHUNK, CHUNK),
         "A": q.new_empty(*lead, CHUNK, CHUNK) if s["B"] else q,
         "Y": q.new_empty(*lead, CHUNK, k_dim) if s["B"] else q,
         "U": q.new_empty(*lead, CHUNK, v_dim),
@@ -145,10 +156,22 @@ def intra(problem: Problem, scale: float) -> dict[str, Tensor]:
         "Ktail": q.new_empty(*lead, CHUNK, k_dim),
         "gamma": q.new_empty(*lead, k_dim if s["G"] == 2 else 1, dtype=torch.float32),
     }
-    names = ("S_Q", "S_K", "S_V", "S_G", "S_B", "S_W", "H", "HV", "K", "V", "C", "G", "B", "W", "HG", "HB", "PACKED", "EXACT", "PRECISION")
-    solve_kernel[(problem.n_chunks * problem.v_heads,)](
-        *x.values(), *problem.chunks, *sums, T, *out.values(), scale, **problem.numbers, **problem.only(*names), **problem.options("solve")
-    )
+    names = ["S_Q", "S_K", "S_V", "S_G", "S_B", "S_W", "H", "HV", "K", "V", "C", "B", "W", "HG", "HB", "PACKED"]
+    if problem.hopper and s["G"] == 2 and k_dim in INTRA_REGISTERS:
+        from kernels.delta._gluon.intra import intra_kernel
+
+        T = out["A"].view(torch.float16)  # until the inverse takes its place
+        kernel, tensors = intra_kernel, [*x.values(), *problem.chunks, T]
+        options = {"BV": math.gcd(v_dim, 128), "num_warps": k_dim // 16, "maxnreg": INTRA_REGISTERS[k_dim]}
+    else:
+        from kernels.delta._triton.solve import solve_kernel
+
+        sums = problem.new_sums()
+        T = tree_scores(problem, out["P"], sums, scale) if s["G"] == 2 else q
+        kernel, tensors = solve_kernel, [*x.values(), *problem.chunks, *sums, T]
+        names += ["G", "EXACT", "PRECISION"]
+        options = problem.options("solve")
+    kernel[(problem.n_chunks * problem.v_heads,)](*tensors, *out.values(), scale, **problem.numbers, **problem.only(*names), **options)
     return out
 
 
@@ -168,17 +191,21 @@ def tree_scores(problem: Problem, P: Tensor, sums: tuple[Tensor, Tensor], scale:
 
 def inter(problem: Problem, chunks: dict[str, Tensor], state: Tensor | None, shape: tuple[int, ...], save: bool) -> Forward:
     """(2.3) to (2.5): the serial pass. U's memory holds R afterwards if `save`."""
-    from kernels.delta._triton.state import state_kernel
-
     v, (k_dim, v_dim) = problem.inputs["v"], problem.sizes
     o = v.new_empty(shape)
     states = v.new_empty(problem.n_chunks, problem.v_heads, k_dim, v_dim) if save else v
     final = v.new_empty(problem.sequences, problem.v_heads, k_dim, v_dim, dtype=torch.float32)
-    programs, options = problem.serial_options("state")
+    programs, hopper, options = problem.serial_options("state")
+    names = ["HV", "K", "V", "C", "G", "B", "PACKED"]
+    if hopper:
+        from kernels.delta._gluon.state import state_kernel
+    else:
+        from kernels.delta._triton.state import state_kernel
+
+        names += ["PRECISION"]
     c = chunks
     state_kernel[(programs,)](
         c["Y"], c["U"], c["P"], c["Qg"], c["Ktail"], c["gamma"], final if state is None else state.contiguous(), *problem.chunks, o, states, final,
-        **problem.lengths, S_O=problem.v_heads * v_dim, INITIAL=state is not None, SAVE=save,
-        **problem.only("HV", "K", "V", "C", "G", "B", "PACKED", "PRECISION"), **options,
+        **problem.lengths, S_O=problem.v_heads * v_dim, INITIAL=state is not None, SAVE=save, **problem.only(*names), **options,
     )  # fmt: skip
     return Forward(o, final, c["A"], c["P"], c["Y"], c["U"], c["Qg"], c["Ktail"], c["gamma"], states)

@@ -1,4 +1,5 @@
-"""How the kernels of the delta rule are launched. `size` of a row is the larger of the padded K and V."""
+"""How the kernels of the delta rule are launched. `size` of a row is the larger of the padded K and V, or the smaller if that is below 64: the tiles
+of larger sizes do not suit it. `_hopper`: the kernels of `_gluon`."""
 
 from __future__ import annotations
 
@@ -7,8 +8,9 @@ from kernels.tiles import Key, Tile, TileTable
 # A serial pass takes its narrow tile where the wide one would leave most multiprocessors without a program.
 FEW_PROGRAMS = 64
 
-# Products of four warps with fewer than 64 columns are left out for 16-bit inputs: on Hopper ptxas 12.8 and 13.0 lose uniform registers that hold
-# their shared-memory descriptors (docs/log.md). Two warps use no such products, eight were right wherever they were tried.
+# On Hopper ptxas 12.8 and 13.0 lose uniform registers that hold where in shared memory the operands of a product lie (docs/log.md): with 16-bit
+# inputs many tiles of four warps with fewer than 64 columns are wrong, and `dscores` of eight if one block holds all of 64 value columns.
+# tests/sass.py finds them; no tile below is one of them.
 _SAFE = {
     "scores": Tile(4, 1, {"BK": 32}),
     "solve": Tile(8, 1, {"BK": 64, "BV": 64}),
@@ -17,13 +19,19 @@ _SAFE = {
     "dstate": Tile(2, 1, {"BV": 16}),
     "dstate_narrow": Tile(2, 1, {"BV": 16}),
     "dvalues": Tile(8, 1, {"BV": 64}),
-    "dscores": Tile(8, 1, {"BK": 32, "BV": 64}),
+    "dscores": Tile(8, 1, {"BK": 32, "BV": 32}),
+    "dscores_hopper": Tile(8, 1, {"BK": 64, "BV": 64}),
+    "state_hopper": Tile(4, 3, {"BV": 32}),
+    "dstate_hopper": Tile(4, 3, {"BV": 32}),
 }
 _H100_HALF = Key("sm_90", 2, 128)
 _TUNED = {
+    "solve": {_H100_HALF: Tile(4, 1, {"BK": 64, "BV": 128})},
     "state": {_H100_HALF: Tile(8, 2, {"BV": 128})},
-    "state_narrow": {_H100_HALF: Tile(4, 3, {"BV": 32})},
+    "state_hopper": {_H100_HALF: Tile(4, 3, {"BV": 16})},
     "dstate": {_H100_HALF: Tile(8, 2, {"BV": 128})},
-    "dstate_narrow": {_H100_HALF: Tile(4, 2, {"BV": 32})},
+    "dstate_hopper": {_H100_HALF: Tile(4, 3, {"BV": 32})},
+    "dvalues": {_H100_HALF: Tile(4, 1, {"BV": 128})},
+    "dscores_hopper": {_H100_HALF: Tile(8, 1, {"BK": 64, "BV": 128})},
 }
 TILES = TileTable("delta_rule", _SAFE, _TUNED)

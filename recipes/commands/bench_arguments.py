@@ -21,7 +21,7 @@ def add_common(parser: Arguments, shapes: str = SHAPES) -> None:
     """Arguments of every subcommand that times something."""
     parser.add_argument("--shapes", default=shapes, help="batch x tokens, with commas between them (%(default)s)")
     parser.add_argument("--dtype", default="bfloat16", help=f"of {', '.join(DTYPES)} (%(default)s)")
-    parser.add_argument("--baseline", default="", help="other implementations beside ours: fla, sdpa (default: none)")
+    parser.add_argument("--baseline", default="", help="other implementations beside ours: fla, sdpa, mamba_ssm (default: none)")
     parser.add_argument("--out", type=Path, default=OUT, help="folder whose CSV file the rows are added to (%(default)s)")
     parser.add_argument("--commit", help="the commit that the rows name (default: what git says, or unknown)")
     parser.add_argument("--budget_ms", type=float, default=1000.0, help="about how long a set of implementations is timed (%(default)s)")

@@ -16,7 +16,7 @@ from argparse import Namespace
 from recipes.commands.bench_timing import Entry
 from recipes.commands.problems import Shape
 
-OP_OF = {"conv+silu+norm": "conv", "gates": "gates", "gated_rms_norm": "norm"}
+OP_OF = {"conv+silu+norm": "conv", "gates": "gates", "gated_rms_norm": "norm", "ssd": "ssd", "siso": "siso"}
 
 
 def first_call_seconds(entry: Entry, shape: Shape, given: Namespace) -> float | None:
@@ -46,7 +46,7 @@ def main(request: str) -> None:
         [mixer] if mixer != "attention" else ["gdn2"],
         Shape(*given["shape"]),
         dtype_of(given["dtype"]),
-        [] if given["ours"] else ["fla", "sdpa"],
+        [] if given["ours"] else ["fla", "sdpa", "mamba_ssm"],
     )
     entries = (entry for group in wanted for entry in group.entries)
     entry = next(e for e in entries if e.what == given["what"] and (e.impl == bench_groups.OURS) == given["ours"])

@@ -11,12 +11,14 @@ from torch import Tensor
 
 from kernels import causal_conv1d, delta_gates, delta_rule, gated_rms_norm
 from kernels.delta.reference import chunkwise
+from mixers import mamba_ssm
+from mixers.mamba3 import Mamba3
 from recipes.commands import bench_peers as peers
 from recipes.commands import problems
 from recipes.commands.bench_timing import Entry
 from recipes.commands.problems import Draw, Problem, Shape
 
-OPS = {"delta": "delta_rule", "conv": "causal_conv1d", "gates": "delta_gates", "norm": "gated_rms_norm"}
+OPS = {"delta": "delta_rule", "conv": "causal_conv1d", "gates": "delta_gates", "norm": "gated_rms_norm", "ssd": "delta_rule", "siso": "delta_rule"}
 OURS = "ours"
 Function = Callable[..., Any]
 
@@ -26,7 +28,8 @@ class Group(NamedTuple):
 
     entries: list[Entry]
     exact: Function  # the same in float64, in plain torch
-    heads: tuple[int, ...] | None = None  # where only these heads of the last batch row are held against it; None: everything
+    heads: tuple[int, ...] | None = None  # where only these heads of the last batch row are held against it; (): all heads of it; None: everything
+    shared: frozenset[str] = frozenset()  # leaves without a batch axis; with `heads` their gradients, sums over the batch, are not held against it
 
 
 def groups(op: str, mixers: Sequence[str], shape: Shape, dtype: torch.dtype, baselines: Sequence[str], device: str = "cuda") -> Iterator[Group]:
@@ -38,8 +41,10 @@ def groups(op: str, mixers: Sequence[str], shape: Shape, dtype: torch.dtype, bas
                 yield _attention(shape, dtype, device)
             yield _delta(mixer, shape, dtype, baselines, device, raw=True)
         return
-    fla = "fla" in baselines
-    if op == "conv":
+    fla, mamba = "fla" in baselines, "mamba_ssm" in baselines
+    if op in ("ssd", "siso"):
+        yield (_ssd if op == "ssd" else _siso)(shape, dtype, device, mamba)
+    elif op == "conv":
         yield _conv(shape, dtype, device, fla)
     elif op == "gates":
         yield _gates(shape, dtype, device, fla)
@@ -135,6 +140,54 @@ def _gates(shape: Shape, dtype: torch.dtype, device: str, fla: bool) -> Group:
     return _group(problem, "gates", delta_gates, [peers.fla_gates()] if fla else [])
 
 
+def _ssd(shape: Shape, dtype: torch.dtype, device: str, mamba: bool) -> Group:
+    """Mamba-2's recurrence: `heads` value heads of `dv` share B and C of `dk`; step sizes and rates in float32."""
+    draw, lead = Draw(device), (shape.batch, shape.tokens)
+    B, C = (draw.normal(*lead, 1, shape.dk).to(dtype) for _ in "BC")
+    x, o = (draw.cotangent(*lead, shape.heads, shape.dv).to(dtype) for _ in "xo")
+    dt, A = 0.1 * draw.uniform(*lead, shape.heads).float(), -1 - 15 * draw.uniform(shape.heads).float()
+
+    def with_op(op: Function, x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor) -> Any:
+        return op(C, B, x, (dt * A).unsqueeze(-1), None, dt.unsqueeze(-1), scale=1.0)[0]
+
+    def theirs(x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor) -> Any:
+        return mamba_ssm.ssd(C, B, x, dt, A, None, None)[0]
+
+    found: list[peers.Peer] = [(OURS, partial(with_op, delta_rule)), *([(peers.mamba_ssm_version(), theirs)] if mamba else [])]
+    leaves = {"x": x, "dt": dt, "A": A, "B": B, "C": C}
+    return Group([Entry("ssd", name, run, _leaves(leaves), (o,)) for name, run in found], partial(with_op, chunkwise), (), frozenset({"A"}))
+
+
+def _siso(shape: Shape, dtype: torch.dtype, device: str, mamba: bool) -> Group:
+    """Mamba-3's steps, biases, rotation and recurrence of rank 1, from what a layer's projection and norms give."""
+    draw, lead = Draw(device), (shape.batch, shape.tokens)
+    mixer = Mamba3(shape.heads * shape.dv, expand=1, head_dim=shape.dv, d_state=shape.dk).to(device)
+    parameters = {name: x for name, x in mixer.named_parameters() if name in ("step_size.dt_bias", "rotary.B_bias", "rotary.C_bias")}
+    v, o = (draw.cotangent(*lead, shape.heads, shape.dv).to(dtype) for _ in "vo")
+    leaves = {"v": v, **{name: draw.normal(*lead, 1, 1, shape.dk).to(dtype) for name in "BC"}}
+    leaves |= {name: draw.normal(*lead, shape.heads).to(dtype) for name in ("f", "a", "trap")}
+    leaves |= {"theta": draw.normal(*lead, mixer.num_angles).to(dtype), **parameters}
+
+    class Recurrence(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.mixer = mixer
+
+        def forward(self, backend: mamba_ssm.Resolved, v: Tensor, B: Tensor, C: Tensor, *raw: Tensor) -> Tensor:
+            return mixer.recurrence(backend, v, v.unsqueeze(2), B, C, list(raw))[0].squeeze(2).to(v.dtype)
+
+    module = Recurrence()
+
+    def recurrence(backend: mamba_ssm.Resolved, **given: Tensor) -> Any:
+        own = {f"mixer.{name}": given.pop(name) for name in parameters}
+        return torch.func.functional_call(module, own, (backend, *given.values()))
+
+    found: list[peers.Peer] = [(OURS, partial(recurrence, "delta"))]
+    found += [(peers.mamba_ssm_version(), partial(recurrence, "mamba_ssm"))] if mamba else []
+    entries = [Entry("siso", name, run, _leaves(leaves), (o,)) for name, run in found]
+    return Group(entries, partial(recurrence, "delta"), (), frozenset(parameters))
+
+
 # --- proof ---
 
 
@@ -149,18 +202,21 @@ def results(entry: Entry) -> dict[str, Tensor]:
 def expected(group: Group) -> dict[str, Tensor]:
     """The float64 results, of the heads that the group names."""
     ours = group.entries[0]
-    leaves = {name: cut(group, x).double().requires_grad_() for name, x in ours.leaves.items()}
+    leaves = {name: (x if name in group.shared else cut(group, x)).detach().double().requires_grad_() for name, x in ours.leaves.items()}
     cotangents = tuple(cut(group, x).double() for x in ours.cotangents)
-    return results(Entry(ours.what, "float64", group.exact, leaves, cotangents))
+    found = results(Entry(ours.what, "float64", group.exact, leaves, cotangents))
+    return {name: x for name, x in found.items() if name.removeprefix("d") not in group.shared}
 
 
 def cut(group: Group, x: Tensor) -> Tensor:
     """What of a tensor [B, T, H, ..] is held against float64."""
-    return x.detach() if group.heads is None else x.detach()[-1:, :, list(group.heads)]
+    if not group.heads:
+        return x.detach() if group.heads is None else x.detach()[-1:]
+    return x.detach()[-1:, :, list(group.heads)]
 
 
 def errors_of(group: Group, exact: Mapping[str, Tensor], entry: Entry) -> dict[str, float]:
     """The error of each tensor of an implementation; outputs that it cuts otherwise than ours are left out."""
-    found = {name: cut(group, x) for name, x in results(entry).items()}
+    found = {name: cut(group, x) for name, x in results(entry).items() if name in exact}
     same_outputs = len(entry.cotangents) == len(group.entries[0].cotangents)
     return problems.errors(found, {name: x for name, x in exact.items() if same_outputs or not name.startswith("out")})

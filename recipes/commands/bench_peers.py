@@ -1,10 +1,12 @@
-"""Other implementations of our ops, by their public functions: flash-linear-attention (fla), imported when it is asked for, and torch's attention."""
+"""Other implementations of our ops, by their public functions: flash-linear-attention (fla) and mamba-ssm, imported when they are asked for, and
+torch's attention."""
 
 from __future__ import annotations
 
 import re
 from collections.abc import Callable
 from importlib import import_module
+from importlib.metadata import PackageNotFoundError, version
 from importlib.util import find_spec
 from typing import Any
 
@@ -12,11 +14,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from mixers import mamba_ssm
 from mixers.errors import ConfigError, unknown
 from recipes.commands.machine import triton_version
 from recipes.commands.problems import Shape
 
-BASELINES = ("fla", "sdpa")
+BASELINES = ("fla", "sdpa", "mamba_ssm")
 HOPPER_FIX = (3, 7, 1)  # fla refuses its scalar-decay backward pass on Hopper with an older Triton: its results are wrong there
 Peer = tuple[str, Callable[..., Any]]  # the name in the rows, and a function that takes our leaves by name
 
@@ -29,7 +32,17 @@ def check_baselines(text: str) -> list[str]:
             raise unknown("baseline", "baseline", name, BASELINES)
     if "fla" in names and find_spec("fla") is None:
         raise ConfigError("baseline: fla is not installed: pip install flash-linear-attention")
+    if "mamba_ssm" in names and (why := mamba_ssm.missing()):
+        raise ConfigError(f"baseline: {why}")
     return names
+
+
+def mamba_ssm_version() -> str:
+    """The name of the peer in the rows; a folder on the path without metadata has no version."""
+    try:
+        return f"mamba_ssm {version('mamba-ssm')}"
+    except PackageNotFoundError:
+        return "mamba_ssm"
 
 
 def fla_version() -> str:

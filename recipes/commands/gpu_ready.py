@@ -13,7 +13,7 @@ from jsonargparse import Namespace
 
 from kernels import backend as backends
 from lit_modules.decoder_lm import DecoderLM
-from mixers import registry
+from mixers import mamba_ssm, registry
 from mixers.base import SequenceMixer
 from mixers.errors import ConfigError
 from recipes.commands import checks, problems, verdict
@@ -62,16 +62,20 @@ def distinct(lm: DecoderLM) -> dict[str, tuple[SequenceMixer[Any], list[int]]]:
 
 def trace(mixer: SequenceMixer[Any], dtype: torch.dtype, device: torch.device) -> list[Call] | None:
     """The ops that a mixer calls and what they resolve to on `device`: a copy of it, all zero, runs on a few tokens on the CPU. None if it fails."""
+    choice = getattr(mixer, "kernels", None)
+    on_package = isinstance(choice, mamba_ssm.Choice) and choice.resolve(device, dtype) == "mamba_ssm"
     with resolutions(device) as calls:
         try:
             stand_in = copy.deepcopy(mixer).to(dtype).to_empty(device="cpu")
+            if on_package:
+                stand_in.kernels = choice._replace(requested="delta")
             with torch.no_grad():
                 for tensor in (*stand_in.parameters(), *stand_in.buffers()):
                     tensor.zero_()
                 stand_in(torch.zeros(1, TOKENS, mixer.d_model, dtype=dtype))
         except Exception:  # a plug-in may need a GPU, or values that are not 0; its training is not refused for that
             return None
-    return calls
+    return [Call(call.op, "mamba_ssm", None) if on_package and call.op == "delta_rule" else call for call in calls]
 
 
 @contextmanager

@@ -346,8 +346,6 @@ def test_only_inputs_are_saved() -> None:
     assert {t.data_ptr() for t in y.grad_fn.saved_tensors} == inputs  # type: ignore[union-attr]
     with torch.no_grad():
         assert causal_conv1d(**tensors, **options, **FULL, backend="triton")[0].grad_fn is None
-    wanted = causal_conv1d(tensors["x"].detach(), tensors["weight"], backend="triton")[0].grad_fn.next_functions  # type: ignore[union-attr]
-    assert [target is not None for target, _ in wanted[:2]] == [False, True]
 
 
 def test_autocast_changes_nothing() -> None:

@@ -103,7 +103,7 @@ def dscores_kernel(
         S_O, B, V, C, BK, BV, PRECISION,
     )  # fmt: skip
     k_c = tl.load(k + (r[:, None] * S_K + c[None, :]), mask=inside, other=0.0).to(tl.float32)
-    q_c = tl.load(q + (r[:, None] * S_Q + c[None, :]), mask=inside, other=0.0).to(tl.float32) * scale
+    q_c = tl.load(q + (r[:, None] * S_Q + c[None, :]), mask=inside, other=0.0).to(tl.float32)
     e_c = k_c
     if B == 1:
         b_c = tl.load(b + r * S_B, mask=r < rows, other=0.0).to(tl.float32)[:, None]
@@ -119,6 +119,7 @@ def dscores_kernel(
             from_start, to_end = from_start[:, None], to_end[:, None]
         dq_c, de_c, dk_c = dq_c * from_start, de_c * from_start, dk_c * to_end
         dtotal = total * dgamma + tl.sum(k_c * dk_c, 0)
+    dq_c *= scale  # dP has it already
     dP += at * C * C
     dT += at * C * C
     if G == 2:
@@ -152,5 +153,5 @@ def dscores_kernel(
         tl.store(db + (token + r * HV) * PARTS + part, tl.sum(k_c * de_c, 1), mask=r < rows)
     if B == 2:
         tl.store(db + to, (k_c * de_c).to(db.dtype.element_ty), mask=inside)
-    tl.store(dq + to, (dq_c * scale).to(dq.dtype.element_ty), mask=inside)
+    tl.store(dq + to, dq_c.to(dq.dtype.element_ty), mask=inside)
     tl.store(dk + to, dk_c.to(dk.dtype.element_ty), mask=inside)

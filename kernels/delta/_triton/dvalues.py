@@ -46,10 +46,10 @@ def value_gradients(
 
 @triton.jit
 def score_gradients(
-    do, dZ, R, g, rows, S_O: tl.constexpr, S_G: tl.constexpr, G: tl.constexpr, B: tl.constexpr, V: tl.constexpr, C: tl.constexpr, BV: tl.constexpr,
-    PRECISION: tl.constexpr,
+    do, dZ, R, g, scale, rows, S_O: tl.constexpr, S_G: tl.constexpr, G: tl.constexpr, B: tl.constexpr, V: tl.constexpr, C: tl.constexpr,
+    BV: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """dP and dT [C, C] (4.5), times the decay between row and column where it is one number a head."""
+    """dP, times scale, and dT [C, C] (4.5); both times the decay between row and column where it is one number a head."""
     r, cv = tl.arange(0, C), tl.arange(0, BV)
     below = r[:, None] > r[None, :]
     dtype = R.dtype.element_ty
@@ -65,18 +65,18 @@ def score_gradients(
     if G == 1:
         x = decay_tile(g, rows, S_G, C)
         dP, dT = dP * x, dT * x
-    dP = tl.where(below | (r[:, None] == r[None, :]), dP, 0.0)
+    dP = tl.where(below | (r[:, None] == r[None, :]), dP * scale, 0.0)
     return dP.to(dtype), tl.where(below, dT, 0.0).to(dtype)
 
 
 @triton.jit(do_not_specialize=["tokens", "per_sequence", "sequences"])
 def dvalues_kernel(
-    v, g, w, first_chunk, starts, lengths, A, R, do, dZ, dP, dT, sums, rest, dv, dw, tokens, per_sequence, sequences,
+    v, g, w, first_chunk, starts, lengths, A, R, do, dZ, dP, dT, sums, rest, dv, dw, scale, tokens, per_sequence, sequences,
     S_V: tl.constexpr, S_G: tl.constexpr, S_W: tl.constexpr, S_O: tl.constexpr, HV: tl.constexpr, HG: tl.constexpr, K: tl.constexpr, V: tl.constexpr,
-    C: tl.constexpr, G: tl.constexpr, B: tl.constexpr, W: tl.constexpr, PACKED: tl.constexpr, EXACT: tl.constexpr, PRECISION: tl.constexpr,
-    BV: tl.constexpr,
+    C: tl.constexpr, G: tl.constexpr, B: tl.constexpr, W: tl.constexpr, PACKED: tl.constexpr, SUMS: tl.constexpr, EXACT: tl.constexpr,
+    PRECISION: tl.constexpr, BV: tl.constexpr,
 ):  # fmt: skip
-    """One program a chunk and head. dZ holds dR and is overwritten; G of every channel goes to `sums` for the next launch."""
+    """One program a chunk and head. dZ holds dR and is overwritten; SUMS: G of every channel goes to `sums` for the next launch."""
     work = tl.program_id(0)
     chunk, head = work // HV, work % HV
     if chunk >= n_chunks(first_chunk, per_sequence, sequences, PACKED):
@@ -90,10 +90,10 @@ def dvalues_kernel(
         A + at * C, dZ + at * V, v + start * S_V + head * V, w + start * S_W + head * VW, dv + token * V, dw + token * VW, rows,
         S_V, S_W, HV * V, HV * VW, W, B, V, C, BV, PRECISION,
     )  # fmt: skip
-    dP_c, dT_c = score_gradients(do, dZ + at * V, R + at * V, g, rows, S_O, S_G, G, B, V, C, BV, PRECISION)
+    dP_c, dT_c = score_gradients(do, dZ + at * V, R + at * V, g, scale, rows, S_O, S_G, G, B, V, C, BV, PRECISION)
     square = tl.arange(0, C)[:, None] * C + tl.arange(0, C)[None, :]
     tl.store(dP + at * C + square, dP_c)
     if B:
         tl.store(dT + at * C + square, dT_c)
-    if G == 2:
+    if SUMS:
         running_sums(g, sums + token * K, rest + token * K, rows, S_G, HV * K, K, C, EXACT)

@@ -1,0 +1,132 @@
+"""What the Gluon kernels share: where a chunk lies, tiles in shared memory, running sums of the log-decay.
+
+Shapes: C = 64 rows a chunk, BK channels, BV value columns a block.
+"""
+
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.language.nvidia.ampere import async_copy
+
+barrier = gl.barrier if hasattr(gl, "barrier") else gl.thread_barrier  # renamed in Triton 3.7
+LOG2E = gl.constexpr(1.4426950408889634)
+LOWEST = gl.constexpr(-160.0)  # as in `_triton/tree.py`
+
+
+@gluon.jit
+def chunk_rows(chunk, starts, lengths, tokens, per_sequence, PACKED: gl.constexpr, C: gl.constexpr):
+    """First token (int64) and number of rows of a chunk."""
+    if PACKED:
+        start = gl.load(starts + chunk).to(gl.int64)
+        rows = gl.load(lengths + chunk)
+    else:
+        first = (chunk % per_sequence) * C
+        start = (chunk // per_sequence).to(gl.int64) * tokens + first
+        rows = gl.minimum(tokens - first, C)
+    return start, rows
+
+
+@gluon.jit
+def sequence_chunks(first_chunk, sequence, per_sequence, PACKED: gl.constexpr):
+    """The first chunk of a sequence and the one behind its last."""
+    if PACKED:
+        first, end = gl.load(first_chunk + sequence), gl.load(first_chunk + sequence + 1)
+    else:
+        first, end = sequence * per_sequence, (sequence + 1) * per_sequence
+    return first, end
+
+
+@gluon.jit
+def n_chunks(first_chunk, per_sequence, sequences, PACKED: gl.constexpr):
+    """The number of chunks; of packed sequences it is known on the device only."""
+    if PACKED:  # noqa: SIM108 (a conditional expression would load in both cases)
+        n = gl.load(first_chunk + sequences)
+    else:
+        n = per_sequence * sequences
+    return n
+
+
+@gluon.jit
+def offsets(R: gl.constexpr, X: gl.constexpr, S, layout: gl.constexpr):
+    """Offsets of a tile [R, X] whose rows are S numbers apart."""
+    r, c = gl.arange(0, R, layout=gl.SliceLayout(1, layout)), gl.arange(0, X, layout=gl.SliceLayout(0, layout))
+    return gl.expand_dims(r, 1) * S + gl.expand_dims(c, 0)
+
+
+@gluon.jit
+def within(rows, R: gl.constexpr, X: gl.constexpr, layout: gl.constexpr):
+    """Which entries of a tile [R, X] lie in its first rows."""
+    r = gl.expand_dims(gl.arange(0, R, layout=gl.SliceLayout(1, layout)), 1)
+    return r + gl.zeros([R, X], gl.int32, layout=layout) < rows
+
+
+@gluon.jit
+def tile(x, rows, S, R: gl.constexpr, X: gl.constexpr, layout: gl.constexpr):
+    """A tile [R, X] from memory, zero from row `rows` on."""
+    return gl.load(x + offsets(R, X, S, layout), mask=within(rows, R, X, layout), other=0.0)
+
+
+@gluon.jit
+def rows_of(x, rows, S, R: gl.constexpr, layout: gl.constexpr):
+    """One number of each of R rows, zero from row `rows` on."""
+    r = gl.arange(0, R, layout=layout)
+    return gl.load(x + r * S, mask=r < rows, other=0.0)
+
+
+@gluon.jit
+def shared_tile(dtype: gl.constexpr, R: gl.constexpr, X: gl.constexpr):
+    """Room in shared memory for an operand [R, X] of a product, of 16 bits a number."""
+    return gl.allocate_shared_memory(dtype, [R, X], gl.NVMMASharedLayout(128 if X >= 64 else 2 * X, 16, 2))
+
+
+@gluon.jit
+def shared_tiles(dtype: gl.constexpr, R: gl.constexpr, X: gl.constexpr, N: gl.constexpr):
+    """N of them."""
+    return gl.allocate_shared_memory(dtype, [N, R, X], gl.NVMMASharedLayout(128 if X >= 64 else 2 * X, 16, 2))
+
+
+@gluon.jit
+def fetch(to, x, S, rows=None):
+    """Begins to copy a tile of 16-bit numbers to shared memory: all of it, or `rows` rows and zeros behind them."""
+    R: gl.constexpr = to.shape[0]
+    X: gl.constexpr = to.shape[1]
+    layout: gl.constexpr = gl.BlockedLayout([1, 8], [256 // X, X // 8], [gl.num_warps(), 1], [1, 0])
+    if rows is None:
+        async_copy.async_copy_global_to_shared(to, x + offsets(R, X, S, layout))
+    else:
+        async_copy.async_copy_global_to_shared(to, x + offsets(R, X, S, layout), mask=within(rows, R, X, layout))
+
+
+@gluon.jit
+def _add(a, b):
+    return a + b
+
+
+@gluon.jit
+def sums_from_the_start(x):
+    """Sums over time from the first row [C, BK]."""
+    return gl.associative_scan(x, 0, _add)
+
+
+@gluon.jit
+def log2_decay(g):
+    """g in units of log 2, not below what float32 can hold as a factor; NaN stays NaN."""
+    g = g.to(gl.float32) * LOG2E
+    return gl.where(g < LOWEST, LOWEST, g)
+
+
+@gluon.jit
+def shared_row(BK: gl.constexpr):
+    """Room for BK float32."""
+    return gl.allocate_shared_memory(gl.float32, [BK], gl.SwizzledSharedLayout(1, 1, 1, [0]))
+
+
+@gluon.jit
+def shared_sums(C: gl.constexpr, BK: gl.constexpr):
+    """Room for float32 [C, BK] whose rows can be read alone. With 64 channels it is free of bank conflicts by rows and by tiles of 8 rows alike."""
+    if BK == 64:
+        layout: gl.constexpr = gl.SharedLinearLayout(
+            [[0, 1], [0, 2], [0, 4], [1, 0], [2, 0], [1, 8], [2, 16], [0, 32], [4, 0], [8, 0], [16, 0], [32, 0]]
+        )
+    else:
+        layout: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [1, 0])
+    return gl.allocate_shared_memory(gl.float32, [C, BK], layout)
