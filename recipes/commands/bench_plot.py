@@ -107,15 +107,24 @@ def draw(rows: list[Row], path: Path) -> bool:
     if not lines:
         return False
     from matplotlib.figure import Figure
+    from matplotlib.ticker import FuncFormatter, NullFormatter
 
-    figure = Figure(figsize=(7, 4.5), layout="constrained")
+    figure = Figure(figsize=(9, 4.5), layout="constrained")
     axes = figure.subplots()
-    for name, points in sorted(lines.items()):
-        axes.plot(*zip(*points, strict=True), marker="o", markersize=3.5, linestyle="-" if ", ours" in name else "--", label=name)
-    axes.set(xscale="log", yscale="log", xlabel=f"tokens in a sequence, {total:,} in all", ylabel="forward + backward, ms", title=rows[0].gpu)
+    colors = {what: f"C{n}" for n, what in enumerate(sorted({name.partition(",")[0] for name in lines}))}  # one for each op
+    for name, points in sorted(lines.items(), key=lambda line: -line[1][-1][1]):
+        style = "-" if ", ours" in name else "--"
+        axes.plot(*zip(*points, strict=True), marker="o", markersize=3.5, linestyle=style, color=colors[name.partition(",")[0]], label=name)
     axes.set_xscale("log", base=2)
-    axes.grid(alpha=0.3)
-    axes.legend(fontsize=8)
+    axes.set_yscale("log", base=2)
+    lengths = sorted({tokens for points in lines.values() for tokens, _ in points})
+    axes.set_xticks(lengths, [f"{tokens // 1024}K" if tokens % 1024 == 0 else f"{tokens:,}" for tokens in lengths])
+    axes.yaxis.set_major_formatter(FuncFormatter(lambda ms, _: f"{ms:g}"))
+    for axis in (axes.xaxis, axes.yaxis):
+        axis.set_minor_formatter(NullFormatter())
+    axes.set(xlabel=f"tokens in a sequence, {total:,} in all", ylabel="forward + backward, ms", title=rows[0].gpu)
+    axes.grid(alpha=0.3, which="both")
+    axes.legend(fontsize=8, loc="center left", bbox_to_anchor=(1, 0.5))
     figure.savefig(path, dpi=110, metadata={"Software": None})
     return True
 

@@ -22,6 +22,7 @@ from kernels.delta._gluon.shared import (
     shared_row,
     shared_sums,
     shared_tile,
+    sums_from_the_end,
     sums_from_the_start,
     tile,
     within,
@@ -195,4 +196,8 @@ def dscores_kernel(
         gl.store(dg + token * K + ck + offsets(C, BK, HV * K, COLUMN), dg_c, mask=within(rows, C, BK, COLUMN))
     if G == 1:
         t = gl.arange(0, C, layout=ROW)
-        gl.store(dg + (token + t * HV) * PARTS + part, decay_gradient(gl.sum(dG, 1), sums, dtotal, ROW), mask=t < rows)
+        barrier()
+        sums.store(gl.sum(dG, 1))
+        barrier()
+        # from the end: lanes share the sums, and what they add up must not hang on rows behind which nothing is left
+        gl.store(dg + (token + t * HV) * PARTS + part, sums_from_the_end(sums.load(ROW)) + dtotal, mask=t < rows)

@@ -113,7 +113,7 @@ def tree_gradients(
 
 @gluon.jit
 def decay_gradient(dG, sums, dtotal, layout: gl.constexpr):
-    """dg [C, BK] or [C] in a layout for sums over time: sums of dG from the end, and dtotal. Overwrites `sums`."""
+    """dg [C, BK] in a layout whose threads hold columns: sums of dG from the end, and dtotal. Overwrites `sums`."""
     barrier()
     sums.store(dG)
     barrier()

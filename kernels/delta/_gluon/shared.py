@@ -108,6 +108,12 @@ def sums_from_the_start(x):
 
 
 @gluon.jit
+def sums_from_the_end(x):
+    """Sums over time from every row to the last; dear where a thread holds many rows."""
+    return gl.associative_scan(x, 0, _add, reverse=True)
+
+
+@gluon.jit
 def log2_decay(g):
     """g in units of log 2, not below what float32 can hold as a factor; NaN stays NaN."""
     g = g.to(gl.float32) * LOG2E
