@@ -10,6 +10,7 @@ import torch
 
 Requested = Literal["auto", "triton", "reference"]
 Resolved = Literal["triton", "reference"]
+BACKENDS: tuple[str, ...] = get_args(Requested)
 
 # Ops that have Triton kernels. An op that is missing here runs on its plain-torch reference on every device.
 TRITON_OPS: frozenset[str] = frozenset({"causal_conv1d", "causal_conv1d_step", "delta_gates", "delta_rule", "delta_rule_step", "gated_rms_norm"})
@@ -25,8 +26,8 @@ def resolve(op: str, requested: str, device: torch.device, refusal: str | None =
         ValueError: `requested` is not one of "auto", "triton", "reference".
         NotImplementedError: "triton" was asked for by name and cannot run there.
     """
-    if requested not in get_args(Requested):
-        raise ValueError(f"{op}: backend must be one of {', '.join(get_args(Requested))}, got {requested!r}")
+    if requested not in BACKENDS:
+        raise ValueError(f"{op}: backend must be one of {', '.join(BACKENDS)}, got {requested!r}")
     if requested == "reference":
         return "reference"
     why = why_not(op, device) or refusal

@@ -55,12 +55,13 @@ class TileTable:
     def pick(self, kernel: str, device: torch.device, itemsize: int, size: int) -> Tile:
         """The tile of `kernel` for tensors on `device`. A device without a row gets the safe tile, said once in the log."""
         key = Key(architecture(device), itemsize, size)
-        rows = self.tuned.get(kernel, {})
-        if key in rows:
-            return rows[key]
-        if key.architecture != "cpu":
-            _say_once(f"{self.op}: no measured tile of {kernel} for {key.architecture}, {itemsize} bytes, size {size}: a safe one runs")
-        return self.safe[kernel]
+        rows = self.tuned.get(kernel)
+        tile = rows.get(key) if rows else None
+        if tile is None:
+            if key.architecture != "cpu":
+                _say_once(self.op, kernel, key)
+            tile = self.safe[kernel]
+        return tile
 
     def entries(self) -> Iterator[tuple[str, Key, Tile]]:
         """Every tuned row."""
@@ -80,5 +81,5 @@ def _capability(index: int) -> str:
 
 
 @cache
-def _say_once(message: str) -> None:
-    logger.warning(message)
+def _say_once(op: str, kernel: str, key: Key) -> None:
+    logger.warning(f"{op}: no measured tile of {kernel} for {key.architecture}, {key.itemsize} bytes, size {key.size}: a safe one runs")

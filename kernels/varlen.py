@@ -124,9 +124,11 @@ def most_chunks(tokens: int, sequences: int, chunk: int) -> int:
 def device_chunks(cu_seqlens: Tensor, tokens: int, chunk: int) -> DeviceChunks:
     """The table for packed sequences."""
     ends = cu_seqlens.to(torch.int32)
-    first = torch.nn.functional.pad(((ends.diff() + chunk - 1) // chunk).cumsum(0, dtype=torch.int32), (1, 0))
-    index = torch.arange(most_chunks(tokens, ends.numel() - 1, chunk), device=ends.device, dtype=torch.int32)
-    sequence = torch.searchsorted(first[1:], index, right=True).clamp_(max=ends.numel() - 2)
-    start = ends[sequence] + (index - first[sequence]) * chunk
-    rows = torch.where(index < first[-1], (ends[sequence + 1] - start).clamp(0, chunk), 0)
-    return DeviceChunks(first, start, rows.to(torch.int32))
+    last = ends.numel() - 2
+    first = torch.nn.functional.pad(((ends.diff() + (chunk - 1)) // chunk).cumsum(0, dtype=torch.int32), (1, 0))
+    index = torch.arange(most_chunks(tokens, last + 1, chunk), device=ends.device, dtype=torch.int32)
+    sequence = torch.searchsorted(first[1:], index, right=True).clamp_(max=last)
+    before = torch.sub(ends, first, alpha=chunk)  # tokens before a sequence that its chunks, counted from the first of all, leave out
+    start = torch.add(before.index_select(0, sequence), index, alpha=chunk)
+    rows = ends[1:].index_select(0, sequence).sub_(start).clamp_(0, chunk)  # spare chunks start at or behind the end of the last sequence
+    return DeviceChunks(first, start, rows)

@@ -60,9 +60,9 @@ def delta_rule(
     if state is not None:
         _check_state("delta_rule", state, sequences, k, v)
     resolved = backends.resolve("delta_rule", backend, q.device, triton_op.refusal(q, v))
+    if resolved == "triton":  # nothing in it that autocast would touch
+        return triton_op.delta_rule(q, k, v, g, b, w, q.shape[-1] ** -0.5 if scale is None else scale, state, cu_seqlens)
     with torch.autocast(q.device.type, enabled=False):
-        if resolved == "triton":
-            return triton_op.delta_rule(q, k, v, g, b, w, q.shape[-1] ** -0.5 if scale is None else scale, state, cu_seqlens)
         return reference.chunkwise(q, k, v, g, b, w, scale=scale, state=state, cu_seqlens=cu_seqlens)
 
 
@@ -101,25 +101,23 @@ def _check(q: Tensor, k: Tensor, v: Tensor, g: Tensor | None, b: Tensor | None, 
     for name, x in (("q", q), ("k", k), ("v", v)):
         if x.ndim != len(names) + 1:
             raise ValueError(f"{op}: {name} must have axes [{', '.join(names)}, channels], got shape {list(x.shape)}")
-    lead, heads, v_heads = tuple(q.shape[:-2]), q.shape[-2], v.shape[-2]
-    if k.shape != q.shape:
-        raise ValueError(f"{op}: k must have q's shape {list(q.shape)}, got {list(k.shape)}")
-    if tuple(v.shape[:-2]) != lead:
-        raise ValueError(f"{op}: v must share q's leading axes {list(lead)}, got shape {list(v.shape)}")
+    q_shape, v_shape = q.shape, v.shape  # every look at a shape makes a new one
+    *lead, heads, k_dim = q_shape
+    *v_lead, v_heads, v_dim = v_shape
+    if k.shape != q_shape:
+        raise ValueError(f"{op}: k must have q's shape {list(q_shape)}, got {list(k.shape)}")
+    if v_lead != lead:
+        raise ValueError(f"{op}: v must share q's leading axes {lead}, got shape {list(v_shape)}")
     if heads == 0 or v_heads == 0 or v_heads % heads:
         raise ValueError(f"{op}: v's heads must be a multiple of q's {heads}, got {v_heads}")
-    if 0 in q.shape or 0 in v.shape:
-        raise ValueError(f"{op}: every axis must be at least 1, got q {list(q.shape)} and v {list(v.shape)}")
-    gates = (
-        ("g", g, {heads, v_heads}, q.shape[-1]),
-        ("b", b, {heads, v_heads}, q.shape[-1]),
-        ("w", w, {v_heads}, v.shape[-1]),
-    )
-    for name, gate, legal_heads, channels in gates:
+    if 0 in q_shape or 0 in v_shape:
+        raise ValueError(f"{op}: every axis must be at least 1, got q {list(q_shape)} and v {list(v_shape)}")
+    for name, gate, fewest_heads, channels in (("g", g, heads, k_dim), ("b", b, heads, k_dim), ("w", w, v_heads, v_dim)):
         if gate is None:
             continue
-        if gate.ndim != q.ndim or tuple(gate.shape[:-2]) != lead or gate.shape[-2] not in legal_heads or gate.shape[-1] not in {1, channels}:
-            legal = " or ".join(str(n) for n in sorted(legal_heads))
+        *gate_lead, gate_heads, width = gate.shape if gate.ndim == len(names) + 1 else (0, 0)
+        if gate_lead != lead or gate_heads not in (fewest_heads, v_heads) or width not in (1, channels):
+            legal = " or ".join(str(n) for n in sorted({fewest_heads, v_heads}))
             raise ValueError(f"{op}: {name} must have shape [{', '.join(map(str, lead))}, {legal} heads, {channels} or 1], got {list(gate.shape)}")
     _check_dtypes(op, q, k, v, g, b, w)
     if g is not None and is_readable(g) and not bool((g <= 0).all()):
@@ -127,19 +125,20 @@ def _check(q: Tensor, k: Tensor, v: Tensor, g: Tensor | None, b: Tensor | None, 
 
 
 def _check_dtypes(op: str, q: Tensor, k: Tensor, v: Tensor, g: Tensor | None, b: Tensor | None, w: Tensor | None) -> None:
-    if v.dtype not in (torch.float64, torch.float32, torch.float16, torch.bfloat16) or q.dtype != v.dtype or k.dtype != v.dtype:
+    dtype, device = v.dtype, q.device
+    if dtype not in (torch.float64, torch.float32, torch.float16, torch.bfloat16) or q.dtype != dtype or k.dtype != dtype:
         raise TypeError(
-            f"{op}: q, k and v must share one floating dtype, got {q.dtype}, {k.dtype}, {v.dtype} (legal: float64, float32, float16, bfloat16)"
+            f"{op}: q, k and v must share one floating dtype, got {q.dtype}, {k.dtype}, {dtype} (legal: float64, float32, float16, bfloat16)"
         )
     accumulator = reference.accumulator_dtype(v)
     if g is not None and g.dtype != accumulator:
-        raise TypeError(f"{op}: g must be {accumulator} for {v.dtype} values, got {g.dtype}")
+        raise TypeError(f"{op}: g must be {accumulator} for {dtype} values, got {g.dtype}")
     for name, x in (("b", b), ("w", w)):
-        if x is not None and x.dtype not in (v.dtype, accumulator):
-            raise TypeError(f"{op}: {name} must be {v.dtype} or {accumulator}, got {x.dtype}")
+        if x is not None and x.dtype != dtype and x.dtype != accumulator:
+            raise TypeError(f"{op}: {name} must be {dtype} or {accumulator}, got {x.dtype}")
     for name, x in (("k", k), ("v", v), ("g", g), ("b", b), ("w", w)):
-        if x is not None and x.device != q.device:
-            raise ValueError(f"{op}: {name} is on {x.device}, q on {q.device}")
+        if x is not None and x.device != device:
+            raise ValueError(f"{op}: {name} is on {x.device}, q on {device}")
 
 
 def _check_state(op: str, state: Tensor, sequences: int, k: Tensor, v: Tensor) -> None:

@@ -19,7 +19,7 @@ def launch(q: Tensor, k: Tensor, v: Tensor, g: Tensor | None, b: Tensor | None, 
     made = value_gradients(problem, saved, do, dR, scale)
     made |= score_gradients(problem, saved, do, dS, made, scale)
     inputs = {"dq": q, "dk": k, "dv": v, "dg": g, "db": b, "dw": w}
-    dq, dk, dv, dg, db, dw = (None if x is None else sum_heads(made[name], x) for name, x in inputs.items())
+    dq, dk, dv, dg, db, dw = [None if x is None else sum_heads(made[name], x) for name, x in inputs.items()]
     assert dq is not None and dk is not None and dv is not None  # noqa: PT018
     return dq, dk, dv, dg, db, dw, dinitial
 
@@ -44,25 +44,25 @@ def state_gradients(problem: Problem, saved: Forward, do: Tensor, dfinal: Tensor
 
 
 def value_gradients(problem: Problem, saved: Forward, do: Tensor, dR: Tensor, scale: float) -> dict[str, Tensor]:
-    """(4.2) and (4.5): dv, dw, dZ in dR's memory, dP times scale, and dT; and G once more, for the next launch."""
+    """(4.2): dv, dw, and dZ in dR's memory. Where the next launch is not of `_gluon`, also (4.5): dP times scale, and dT; and G once more."""
     from kernels.delta._triton.dvalues import dvalues_kernel
 
     x, s, v_dim = problem.inputs, problem.settings, problem.sizes[1]
-    out = {"dZ": dR, "dP": torch.empty_like(saved.P), "dT": torch.empty_like(saved.P) if s["B"] else dR}
-    sums = s["G"] == 2 and not problem.hopper
-    out["sums"], out["rest"] = problem.new_sums() if sums else (dR, dR)
+    scores = not problem.hopper
+    out = {"dZ": dR, "dP": torch.empty_like(saved.P) if scores else dR, "dT": torch.empty_like(saved.P) if scores and s["B"] else dR}
+    out["sums"], out["rest"] = problem.new_sums() if scores else (dR, dR)
     out["dv"] = problem.gradient("v", v_dim)
     out["dw"] = problem.gradient("w", v_dim if s["W"] == 2 else 1) if s["W"] else dR
     names = ("S_V", "S_G", "S_W", "HV", "HG", "K", "V", "C", "G", "B", "W", "PACKED", "EXACT", "PRECISION")
     dvalues_kernel[(problem.n_chunks * problem.v_heads,)](
         x["v"], x["g"], x["w"], *problem.chunks, saved.A, saved.R, do, *out.values(), scale, **problem.numbers,
-        S_O=do.stride(1), SUMS=sums, **problem.only(*names), **problem.options("dvalues"),
+        S_O=do.stride(1), SCORES=scores, **problem.only(*names), **problem.options("dvalues"),
     )  # fmt: skip
     return out
 
 
 def score_gradients(problem: Problem, saved: Forward, do: Tensor, dS: Tensor, made: dict[str, Tensor], scale: float) -> dict[str, Tensor]:
-    """(4.4) and (4.6) to (4.9): dq, dk, dg, db. `made` are the results of `value_gradients`."""
+    """(4.4) to (4.9): dq, dk, dg, db. `made` are the results of `value_gradients`."""
     x, s, k_dim = problem.inputs, problem.settings, problem.sizes[0]
     options = problem.options("dscores_hopper" if problem.hopper else "dscores")
     parts = k_dim // options["BK"]
@@ -73,27 +73,28 @@ def score_gradients(problem: Problem, saved: Forward, do: Tensor, dS: Tensor, ma
     for name in ("g", "b"):  # a scalar gate's gradient is summed over the programs, in float32
         if s[name.upper()] == 1:
             out["d" + name] = problem.gradient(name, parts, torch.float32)
-    tensors = [x["q"], x["k"], x["g"], x["b"], *problem.chunks, saved.R, saved.S, do, made["dZ"], dS, made["dP"], made["dT"]]
+    tensors = [x["q"], x["k"], x["g"], x["b"], *problem.chunks, saved.R, saved.S, do, made["dZ"], dS]
     names = ["S_Q", "S_K", "S_G", "S_B", "H", "HV", "K", "V", "C", "G", "B", "HG", "HB", "PACKED"]
     if problem.hopper:
         from kernels.delta._gluon.dscores import dscores_kernel
     else:
         from kernels.delta._triton.dscores import dscores_kernel
 
-        tensors += [made["sums"], made["rest"]]
+        tensors += [made[name] for name in ("dP", "dT", "sums", "rest")]
         names += ["EXACT", "PRECISION"]
     dscores_kernel[(problem.n_chunks * problem.v_heads * parts,)](
         *tensors, *out.values(), scale, **problem.numbers, S_O=do.stride(1), **problem.only(*names), **options
     )
     for name in ("g", "b"):
-        if s[name.upper()] == 1:
+        if s[name.upper()] == 1 and parts > 1:
             out["d" + name] = out["d" + name].sum(-1, keepdim=True)
     return out
 
 
 def sum_heads(gradient: Tensor, like: Tensor) -> Tensor:
     """The gradient [M, HV, channels] of an input [B, T, heads, channels], summed over the value heads that read one of its heads."""
-    heads = like.shape[2]
-    if gradient.shape[1] != heads:
-        gradient = gradient.unflatten(1, (heads, -1)).sum(2)
-    return gradient.view(like.shape).to(like.dtype)
+    shape, dtype = like.shape, like.dtype
+    if gradient.shape[1] != shape[2]:
+        gradient = gradient.unflatten(1, (shape[2], -1)).sum(2)
+    gradient = gradient.view(shape)
+    return gradient if gradient.dtype == dtype else gradient.to(dtype)

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
+from functools import cache
 from typing import Any, NamedTuple
 
 import torch
@@ -24,11 +26,13 @@ class Problem(NamedTuple):
     inputs: dict[str, Tensor]  # q, k, v, g, b, w; an absent gate is q, and never read
     chunks: tuple[Tensor, Tensor, Tensor]  # first chunk of a sequence, first token and rows of a chunk; not read for a dense batch
     lengths: dict[str, int]  # tokens and chunks of a sequence, of a dense batch
-    settings: dict[str, Any]
+    settings: Mapping[str, Any]
     sequences: int
     n_chunks: int  # at most
+    rows: int  # M
     v_heads: int
     sizes: tuple[int, int]  # K, V
+    hopper: bool  # whether there are kernels of `_gluon` for it: 16-bit inputs on an sm_90
 
     def tile(self, kernel: str) -> Tile:
         q = self.inputs["q"]
@@ -42,8 +46,7 @@ class Problem(NamedTuple):
     def options(self, kernel: str) -> dict[str, int]:
         """Blocks, warps and stages of a launch, no block wider than what it divides."""
         tile = self.tile(kernel)
-        blocks = {name: min(size, self.settings[name[1]]) for name, size in tile.blocks.items()}
-        return tile._replace(blocks=blocks).options()
+        return tile.options() | {name: min(size, self.settings[name[1]]) for name, size in tile.blocks.items()}
 
     def serial_options(self, kernel: str) -> tuple[int, bool, dict[str, int]]:
         """A pass over chunks, one program a sequence, head and block of value columns: how many, whether it is of `_gluon`, its options."""
@@ -58,29 +61,24 @@ class Problem(NamedTuple):
             options["STAGES"] = options["num_stages"]
         return columns // options["BV"], hopper, options
 
-    @property
-    def hopper(self) -> bool:
-        """Whether there are kernels of `_gluon` for it: 16-bit inputs on an sm_90."""
-        q = self.inputs["q"]
-        return tiles.architecture(q.device) == "sm_90" and q.element_size() == 2
-
     def new_sums(self) -> tuple[Tensor, Tensor]:
         """Room for G of every token [M, HV, K], in two parts where it is exact (`running_sums`); not read without a decay per channel."""
         q, s = self.inputs["q"], self.settings
         if s["G"] != 2:
             return q, q
-        sums = q.new_empty(1 + s["EXACT"], q.shape[1], self.v_heads, s["K"], dtype=torch.float32)
+        sums = q.new_empty(1 + s["EXACT"], self.rows, self.v_heads, s["K"], dtype=torch.float32)
         return sums[0], sums[-1]
 
     def gradient(self, name: str, channels: int, dtype: torch.dtype | None = None) -> Tensor:
         """Room for the gradient of an input, one row a value head [M, HV, channels]: float32 where several heads' rows are to be summed."""
         x = self.inputs[name]
         grouped = x.shape[2] < self.v_heads
-        return x.new_empty(x.shape[1], self.v_heads, channels, dtype=dtype or (torch.float32 if grouped else x.dtype))
+        return x.new_empty(self.rows, self.v_heads, channels, dtype=dtype or (torch.float32 if grouped else x.dtype))
 
     def only(self, *names: str) -> dict[str, Any]:
         """The compile-time settings of these names."""
-        return {name: self.settings[name] for name in names}
+        settings = self.settings
+        return {name: settings[name] for name in names}
 
 
 class Forward(NamedTuple):
@@ -102,13 +100,12 @@ def make_problem(q: Tensor, k: Tensor, v: Tensor, g: Tensor | None, b: Tensor | 
     """Everything that the launches of both passes share."""
     batch, tokens, heads, k_dim = q.shape
     v_heads, v_dim = v.shape[-2:]
-    rows = {name: as_rows(q if x is None else x) for name, x in (("q", q), ("k", k), ("v", v), ("g", g), ("b", b), ("w", w))}
-    exact = v.dtype == torch.float32
-    settings: dict[str, Any] = {f"S_{name.upper()}": x.stride(1) for name, x in rows.items()}
-    settings |= {name: 0 if x is None else 1 + (x.shape[-1] == full) for name, x, full in (("G", g, k_dim), ("B", b, k_dim), ("W", w, v_dim))}
-    settings |= {"HG": heads if g is None else g.shape[-2], "HB": heads if b is None else b.shape[-2]}
-    settings |= {"H": heads, "HV": v_heads, "K": k_dim, "V": v_dim, "C": CHUNK, "PACKED": cu_seqlens is not None}
-    settings |= {"EXACT": exact, "PRECISION": "tf32x3" if exact else "tf32"}
+    rows = {"q": as_rows(q), "k": as_rows(k), "v": as_rows(v)}
+    rows |= {name: rows["q"] if x is None else as_rows(x) for name, x in (("g", g), ("b", b), ("w", w))}
+    strides = tuple([x.stride(1) for x in rows.values()])
+    widths = tuple([0 if x is None else 1 + (x.shape[-1] == full) for x, full in ((g, k_dim), (b, k_dim), (w, v_dim))])
+    gate_heads = tuple([heads if x is None else x.shape[-2] for x in (g, b)])
+    settings = _settings(strides, widths, gate_heads, (heads, v_heads, k_dim, v_dim), cu_seqlens is not None, v.dtype == torch.float32)
     if cu_seqlens is None:
         per_sequence = -(-tokens // CHUNK)
         table: tuple[Tensor, Tensor, Tensor] = (q, q, q)  # not read
@@ -118,18 +115,33 @@ def make_problem(q: Tensor, k: Tensor, v: Tensor, g: Tensor | None, b: Tensor | 
         first, start, length = device_chunks(cu_seqlens.to(q.device), tokens, CHUNK)
         table, n_chunks = (first, start, length), most_chunks(tokens, sequences, CHUNK)
     lengths = {"tokens": tokens, "per_sequence": per_sequence}
-    return Problem(rows, table, lengths, settings, sequences, n_chunks, v_heads, (k_dim, v_dim))
+    hopper = q.element_size() == 2 and tiles.architecture(q.device) == "sm_90"
+    return Problem(rows, table, lengths, settings, sequences, n_chunks, batch * tokens, v_heads, (k_dim, v_dim), hopper)
+
+
+@cache  # by plain numbers: every key is compiled for, so there are few
+def _settings(
+    strides: tuple[int, ...], widths: tuple[int, ...], gate_heads: tuple[int, ...], sizes: tuple[int, ...], packed: bool, exact: bool
+) -> Mapping[str, Any]:
+    """Names and values of the compile-time arguments. `widths`: of g, b, w: 0 absent, 1 scalar, 2 channel."""
+    settings: dict[str, Any] = dict(zip(("S_Q", "S_K", "S_V", "S_G", "S_B", "S_W"), strides, strict=True))
+    settings |= zip(("G", "B", "W", "HG", "HB"), (*widths, *gate_heads), strict=True)
+    settings |= zip(("H", "HV", "K", "V"), sizes, strict=True)
+    return settings | {"C": CHUNK, "PACKED": packed, "EXACT": exact, "PRECISION": "tf32x3" if exact else "tf32"}
 
 
 def as_rows(x: Tensor) -> Tensor:
-    """x [B, T, H, X] as rows of tokens that a kernel can read: heads and channels contiguous, batch and time one axis; else a copy.
+    """x [B, T, H, X] such that a kernel can read it as rows of tokens: heads and channels contiguous, batch and time one axis; else a copy.
 
-    Returned as [1, M, H, X], whose stride 1 is that of a token.
+    Stride 1 of what is returned is that of a token; its shape is x's or [1, M, H, X].
     """
     batch, tokens, heads, channels = x.shape
-    stride = x.stride(1) if tokens > 1 else x.stride(0) if batch > 1 else heads * channels
-    dense = (channels == 1 or x.stride(3) == 1) and (heads == 1 or x.stride(2) == channels)
-    dense = dense and (batch == 1 or x.stride(0) == tokens * stride) and stride >= heads * channels
+    if tokens > 1 and heads * channels < 2**31 // CHUNK and x.is_contiguous():
+        return x
+    of_batch, of_token, of_head, of_channel = x.stride()
+    stride = of_token if tokens > 1 else of_batch if batch > 1 else heads * channels
+    dense = (channels == 1 or of_channel == 1) and (heads == 1 or of_head == channels)
+    dense = dense and (batch == 1 or of_batch == tokens * stride) and stride >= heads * channels
     if not dense or stride * CHUNK >= 2**31:  # inside a chunk offsets are 32 bit
         x, stride = x.contiguous(), heads * channels
     return x.as_strided((1, batch * tokens, heads, channels), (batch * tokens * stride, stride, channels, 1))

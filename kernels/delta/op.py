@@ -34,7 +34,11 @@ def delta_rule(
         w = w if w is None or w.shape[-1] == 1 < v_dim else F.pad(w, (0, v_more))
         state = None if state is None else F.pad(state, (0, v_more, 0, k_more))
     differentiable = torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in (q, k, v, g, b, w, state))
-    o, final, *_ = torch.ops.lightning_mixers.delta_rule(q, k, v, g, b, w, scale, state, cu_seqlens, differentiable)
+    inputs = (q, k, v, g, b, w, scale, state, cu_seqlens, differentiable)
+    if differentiable and not torch.compiler.is_compiling():
+        o, final = _DeltaRule.apply(*inputs)  # type: ignore[no-untyped-call]
+    else:
+        o, final, *_ = torch.ops.lightning_mixers.delta_rule(*inputs)
     return (o[..., :v_dim], final[..., :k_dim, :v_dim]) if k_more or v_more else (o, final)
 
 
@@ -52,25 +56,33 @@ def _forward(
 
     with torch.cuda.device_of(q):  # Triton launches on the current device
         done = forward.launch(q, k, v, g, b, w, scale, state, cu_seqlens, save)
-    return [x for x, shape in zip(done, _shapes(q, v, g, b, cu_seqlens, save), strict=True) if shape is not None]
+    kept = [x for x, there in zip(done[2:], _present(b), strict=True) if there] if save else []
+    return [done.o, done.final, *kept]
 
 
-def _shapes(q: Tensor, v: Tensor, g: Tensor | None, b: Tensor | None, cu_seqlens: Tensor | None, save: bool) -> list[tuple[Any, ...] | None]:
-    """Shapes of the fields of `forward.Forward`; None for those that the op does not return."""
+def _present(b: Tensor | None) -> list[bool]:
+    """Which fields of `forward.Forward`, from the third on, there are: without erasing neither A nor Y."""
+    erase = b is not None
+    return [erase, True, erase, True, True, True, True, True]
+
+
+def _shapes(q: Tensor, v: Tensor, g: Tensor | None, b: Tensor | None, cu_seqlens: Tensor | None, save: bool) -> list[tuple[Any, ...]]:
+    """Shapes of what the op returns."""
     (batch, tokens, _, k_dim), (heads, v_dim) = q.shape, v.shape[-2:]
     sequences = batch if cu_seqlens is None else cu_seqlens.numel() - 1
     n = batch * (-(-tokens // CHUNK)) if cu_seqlens is None else most_chunks(tokens, sequences, CHUNK)
     square, keys, values = (n, heads, CHUNK, CHUNK), (n, heads, CHUNK, k_dim), (n, heads, CHUNK, v_dim)
     decay = (n, heads, k_dim if g is not None and g.shape[-1] == k_dim else 1)
-    kept = [None if b is None else square, square, None if b is None else keys, values, keys, keys, decay, (n, heads, k_dim, v_dim)]
-    return [(*v.shape,), (sequences, heads, k_dim, v_dim), *(kept if save else [None] * len(kept))]
+    kept = [square, square, keys, values, keys, keys, decay, (n, heads, k_dim, v_dim)]
+    kept = [shape for shape, there in zip(kept, _present(b), strict=True) if there] if save else []
+    return [(*v.shape,), (sequences, heads, k_dim, v_dim), *kept]
 
 
 @_forward.register_fake
 def _(q, k, v, g, b, w, scale, state, cu_seqlens, save):  # type: ignore[no-untyped-def]  # noqa: ARG001
     shapes = _shapes(q, v, g, b, cu_seqlens, save)
-    single = (1, 8)  # the fields in float32: the final state and gamma
-    return [v.new_empty(shape, dtype=torch.float32 if i in single else v.dtype) for i, shape in enumerate(shapes) if shape is not None]
+    single = (1, len(shapes) - 2 if save else 1)  # in float32: the final state and gamma
+    return [v.new_empty(shape, dtype=torch.float32 if i in single else v.dtype) for i, shape in enumerate(shapes)]
 
 
 @torch.library.custom_op("lightning_mixers::delta_rule_backward", mutates_args=())
@@ -81,9 +93,8 @@ def _backward(
     from kernels.delta import backward
     from kernels.delta.forward import Forward
 
-    present = [shape is not None for shape in _shapes(q, v, g, b, cu_seqlens, True)[2:]]
     tensors = iter(kept)
-    saved = Forward(do, dfinal, *(next(tensors) if there else q for there in present))
+    saved = Forward(do, dfinal, *[next(tensors) if there else q for there in _present(b)])
     with torch.cuda.device_of(q):
         gradients = backward.launch(q, k, v, g, b, w, scale, cu_seqlens, saved, do, dfinal)
     return [x for x in gradients if x is not None]
@@ -112,8 +123,23 @@ def _gradients(ctx: Any, gradients: list[Tensor | None]) -> tuple[Tensor | None,
     done = torch.ops.lightning_mixers.delta_rule_backward(q, k, v, g, b, w, ctx.scale, cu_seqlens, kept, do, dfinal)
     *by_input, dstate = done
     left = iter(by_input)
-    dq, dk, dv, dg, db, dw = (None if x is None else next(left) for x in (q, k, v, g, b, w))
+    dq, dk, dv, dg, db, dw = [None if x is None else next(left) for x in (q, k, v, g, b, w)]
     return dq, dk, dv, dg, db, dw, None, dstate if ctx.has_state else None, None, None
 
 
 _forward.register_autograd(_gradients, setup_context=_setup_context)
+
+
+class _DeltaRule(torch.autograd.Function):
+    """What `register_autograd` makes of the above, for eager calls: that walks the schema, and trees of all arguments and results, at every call,
+    which takes the host as long as three launches. Tracing goes by the registration."""
+
+    @staticmethod
+    def forward(ctx: Any, *inputs: Any) -> tuple[Tensor, Tensor]:
+        output = _forward(*inputs)
+        _setup_context(ctx, inputs, output)
+        return output[0], output[1]
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor | None) -> tuple[Tensor | None, ...]:
+        return _gradients(ctx, list(gradients))

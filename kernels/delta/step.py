@@ -5,8 +5,6 @@ Shapes: B sequences, H key heads, HV value heads, K key size, V value size.
 
 from __future__ import annotations
 
-from contextlib import nullcontext
-
 import torch
 from torch import Tensor
 
@@ -76,25 +74,28 @@ def launch_step(
 
     (batch, v_heads, v_dim), k_dim = v.shape, k.shape[-1]
     q, k, v, state = _rows(q), _rows(k), _rows(v), state.contiguous()
-    gates = [None if x is None else _rows(x) for x in (g, b, w)]
+    g, b, w = [None if x is None else _rows(x) for x in (g, b, w)]
     o, new_state = torch.empty_like(v, memory_format=torch.contiguous_format), torch.empty_like(state)
     BK = _power_of_two(k_dim)
     states = batch * v_heads
-    size_class = "few" if states <= FEW else "some" if states <= SOME else "many"
-    options = TILES.pick(f"step_{size_class}", v.device, v.element_size(), BK).options()
-    options["BV"] = min(options["BV"], _power_of_two(v_dim))
-    grid = (states * -(-v_dim // options["BV"]),)
-    strides = [n for x in (q, k, v, *gates) for n in ((0, 0) if x is None else x.stride()[:2])]
-    groups = [1 if x is None else v_heads // x.shape[1] for x in (k, *gates[:2])]
-    channels = [int(x is not None and x.shape[-1] > 1) for x in gates]
-    with torch.cuda.device(v.device) if v.is_cuda else nullcontext():  # Triton launches on the current device
-        step_kernel[grid](q, k, v, *gates, state, o, new_state, scale, *strides, v_heads, *groups, *channels, K=k_dim, V=v_dim, BK=BK, **options)
+    size_class = "step_few" if states <= FEW else "step_some" if states <= SOME else "step_many"
+    options = TILES.pick(size_class, v.device, v.element_size(), BK).options()
+    BV = options["BV"] = min(options["BV"], _power_of_two(v_dim))
+    strides: list[int] = []
+    for x in (q, k, v, g, b, w):
+        strides += (0, 0) if x is None else x.stride()[:2]
+    groups = [1 if x is None else v_heads // x.shape[1] for x in (k, g, b)]
+    channels = [int(x is not None and x.shape[-1] > 1) for x in (g, b, w)]
+    with torch.cuda.device_of(v):  # Triton launches on the current device
+        step_kernel[(states * -(-v_dim // BV),)](
+            q, k, v, g, b, w, state, o, new_state, scale, *strides, v_heads, *groups, *channels, K=k_dim, V=v_dim, BK=BK, **options
+        )  # fmt: skip
     return o, new_state
 
 
 def _rows(x: Tensor) -> Tensor:
     """x with neighbouring channels side by side; the axes before them may have any stride."""
-    return x if x.shape[-1] == 1 or x.stride(-1) == 1 else x.contiguous()
+    return x if x.stride(-1) == 1 or x.shape[-1] == 1 else x.contiguous()
 
 
 def _power_of_two(n: int) -> int:

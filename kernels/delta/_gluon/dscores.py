@@ -1,4 +1,7 @@
-"""Gradients of queries, keys, decay and erase gate (README.md, 4.4 and 4.6 to 4.9) on Hopper: what `_triton/dscores.py` computes.
+"""Gradients of queries, keys, decay and erase gate (README.md, 4.4 to 4.9) on Hopper: what `_triton/dscores.py` computes, and the scores' gradients.
+
+For a decay per channel the operands of products with dP and dT are float16 times a power of two: with the 8 bits of bfloat16 the gradients were up to
+1.6 times as wrong.
 
 Shapes: C = 64 rows a chunk, H key heads, HV value heads, K key size, V value size, BK channels a program, BV value columns a block.
 Gates: 0 absent, 1 scalar, 2 channel. Inputs are [tokens, heads, channels] with token strides S_x or [chunks, HV, C, ..]; results
@@ -10,14 +13,16 @@ from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.ampere import async_copy
 from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared, warpgroup_mma, warpgroup_mma_wait
 
-from kernels.delta._gluon.dtree import decay_gradient, through_decay, tree_gradients
+from kernels.delta._gluon.dtree import decay_gradient, plain_gradients, through_decay, through_row_decay, tree_gradients
 from kernels.delta._gluon.shared import (
     barrier,
     chunk_rows,
+    exponent_to_half,
     fetch,
     log2_decay,
     n_chunks,
     offsets,
+    power_of_two,
     rows_of,
     shared_row,
     shared_sums,
@@ -30,81 +35,110 @@ from kernels.delta._gluon.shared import (
 
 
 @gluon.jit
-def state_products(dq, de, dk, do, dZ, R, S, dS, B: gl.constexpr):
-    """Adds dO S^T, dZ S^T (not yet negative) and R dS^T, blocks in shared memory."""
-    dq = warpgroup_mma(do, S.permute((1, 0)), dq, is_async=True)
+def fetch_values(do_s, dZ_s, R_s, do, dZ, R, vb: gl.constexpr, rows, S_O: gl.constexpr, B: gl.constexpr, V: gl.constexpr, BV: gl.constexpr):
+    """Begins to copy a block of value columns."""
+    fetch(do_s, do + vb * BV, S_O, rows)
     if B:
-        de = warpgroup_mma(dZ, S.permute((1, 0)), de, is_async=True)
-    dk = warpgroup_mma(R, dS.permute((1, 0)), dk, is_async=True)
-    dq, de, dk = warpgroup_mma_wait(0, deps=(dq, de, dk))
-    return dq, de, dk
+        fetch(dZ_s, dZ + vb * BV, V)
+    fetch(R_s, R + vb * BV, V)
+
+
+@gluon.jit
+def fetch_states(S_s, dS_s, S, dS, vb: gl.constexpr, V: gl.constexpr, BV: gl.constexpr):
+    """The same for the states."""
+    fetch(S_s, S + vb * BV, V)
+    fetch(dS_s, dS + vb * BV, V)
+    async_copy.commit_group()
+
+
+@gluon.jit
+def fetched(LATER: gl.constexpr):
+    """What has been copied can be read, by products too; but for the last LATER groups."""
+    async_copy.wait_group(LATER)
+    fence_async_shared()
+    barrier()
+
+
+@gluon.jit
+def score_gradients(
+    do_s, dZ_s, R_s, do, dZ, R, rows, S_O: gl.constexpr, B: gl.constexpr, V: gl.constexpr, C: gl.constexpr, BV: gl.constexpr, M: gl.constexpr
+):
+    """dO R^T and dZ R^T [C, C]. The first block is on its way, and if it is all, the states behind it; leaves the last one in shared memory."""
+    dP, dT = gl.zeros([C, C], gl.float32, layout=M), gl.zeros([C, C], gl.float32, layout=M)
+    for vb in gl.static_range(V // BV):
+        if vb > 0:
+            barrier()
+            fetch_values(do_s, dZ_s, R_s, do, dZ, R, vb, rows, S_O, B, V, BV)
+            async_copy.commit_group()
+        fetched(1 if V == BV else 0)
+        dP = warpgroup_mma(do_s, R_s.permute((1, 0)), dP, is_async=True)
+        if B:
+            dT = warpgroup_mma(dZ_s, R_s.permute((1, 0)), dT, is_async=True)
+            dP, dT = warpgroup_mma_wait(0, deps=(dP, dT))
+        else:
+            dP = warpgroup_mma_wait(0, deps=(dP,))
+    return dP, dT
+
+
+@gluon.jit
+def put_scores(P_s, T_s, diagonal, dP, dT, sums, scale, G: gl.constexpr, B: gl.constexpr, C: gl.constexpr, M: gl.constexpr):
+    """dP and dT (4.5), times the decay of a head. For a decay per channel times 2^n, without dP's diagonal, which is kept for itself; returns n."""
+    r = gl.expand_dims(gl.arange(0, C, layout=gl.SliceLayout(1, M)), 1)
+    s = gl.expand_dims(gl.arange(0, C, layout=gl.SliceLayout(0, M)), 0)
+    dP, dT = dP * scale, gl.where(r > s, dT, 0.0)
+    if G == 2:
+        diagonal.store(gl.sum(gl.where(r == s, dP, 0.0), 1))
+        dP = gl.where(r > s, dP, 0.0)
+    else:
+        dP = gl.where(r >= s, dP, 0.0)
+    if G == 1:
+        difference = gl.expand_dims(sums.load(gl.SliceLayout(1, M)), 1) - gl.expand_dims(sums.load(gl.SliceLayout(0, M)), 0)
+        x = gl.exp2(gl.where(r > s, difference, 0.0))
+        dP, dT = dP * x, dT * x
+    n = 0
+    if G == 2:
+        most = gl.abs(dP)
+        if B:
+            most = gl.maximum(most, gl.abs(dT))
+        n = exponent_to_half(most, 0, 100)
+        dP, dT = dP * power_of_two(n), dT * power_of_two(n)
+    P_s.store(dP.to(P_s.dtype))
+    if B:
+        T_s.store((-dT).to(T_s.dtype))
+    return n
 
 
 @gluon.jit
 def state_gradients(
-    do, dZ, R, S, dS, rows, S_O: gl.constexpr, B: gl.constexpr, V: gl.constexpr, C: gl.constexpr, BK: gl.constexpr, BV: gl.constexpr,
-    M: gl.constexpr, WIDE: gl.constexpr,
+    do_s, dZ_s, R_s, S_s, dS_s, do, dZ, R, S, dS, rows, S_O: gl.constexpr, B: gl.constexpr, V: gl.constexpr, C: gl.constexpr, BK: gl.constexpr,
+    BV: gl.constexpr, M: gl.constexpr, WIDE: gl.constexpr,
 ):  # fmt: skip
-    """dQg, -dEbar, dKtail [C, BK] (4.4, 4.5) and the row sums of dS * S [BK], for a block of rows of the states."""
-    dtype: gl.constexpr = S.dtype.element_ty
+    """dQg, dEbar, dKtail [C, BK] (4.4, 4.5) and the row sums of dS * S [BK], for a block of rows of the states. Goes on with what `score_gradients`
+    has left."""
     dq = gl.zeros([C, BK], gl.float32, layout=M)
     de = gl.zeros([C, BK], gl.float32, layout=M)
     dk = gl.zeros([C, BK], gl.float32, layout=M)
     dgamma = gl.zeros([BK], gl.float32, layout=gl.SliceLayout(1, WIDE))
-    for vb in gl.static_range(V // BV):
-        do_s, dZ_s, R_s = shared_tile(dtype, C, BV), shared_tile(dtype, C, BV), shared_tile(dtype, C, BV)
-        S_s, dS_s = shared_tile(dtype, BK, BV), shared_tile(dtype, BK, BV)
-        fetch(S_s, S + vb * BV, V)
-        fetch(do_s, do + vb * BV, S_O, rows)
+    LAST: gl.constexpr = V // BV - 1
+    for i in gl.static_range(LAST + 1):
+        if i > 0:
+            barrier()
+            fetch_values(do_s, dZ_s, R_s, do, dZ, R, LAST - i, rows, S_O, B, V, BV)
+        if LAST > 0:
+            fetch_states(S_s, dS_s, S, dS, LAST - i, V, BV)
+        fetched(0)
+        dq = warpgroup_mma(do_s, S_s.permute((1, 0)), dq, is_async=True)
         if B:
-            fetch(dZ_s, dZ + vb * BV, V)
-        fetch(dS_s, dS + vb * BV, V)
-        fetch(R_s, R + vb * BV, V)
-        async_copy.commit_group()
-        async_copy.wait_group(0)
-        fence_async_shared()
-        barrier()
-        dq, de, dk = state_products(dq, de, dk, do_s, dZ_s, R_s, S_s, dS_s, B)
+            de = warpgroup_mma(dZ_s, S_s.permute((1, 0)), de, is_async=True)
+        dk = warpgroup_mma(R_s, dS_s.permute((1, 0)), dk, is_async=True)
+        dq, de, dk = warpgroup_mma_wait(0, deps=(dq, de, dk))
         dgamma += gl.sum(S_s.load(WIDE).to(gl.float32) * dS_s.load(WIDE).to(gl.float32), 1)
-        barrier()
-    return dq, de, dk, dgamma
-
-
-@gluon.jit
-def through_row_decay(dq, de, dk, dgamma, sums, k, C: gl.constexpr, M: gl.constexpr):
-    """The gradients through the states, now times the decays of (4.6), and what every decay of the chunk is part of, for a decay per head."""
-    G, last = sums.load(gl.SliceLayout(1, M)), sums.slice(C - 1, 1, dim=0).load(gl.SliceLayout(1, M))
-    from_start, to_end = gl.expand_dims(gl.exp2(G), 1), gl.expand_dims(gl.exp2(last - G), 1)
-    dk = dk * to_end
-    total = gl.exp2(gl.sum(last, 0))
-    dtotal = gl.sum(gl.sum(k.load(M).to(gl.float32) * dk, 1), 0) + total * gl.sum(dgamma, 0)
-    return dq * from_start, de * from_start, dk, dtotal
-
-
-@gluon.jit
-def plain_gradients(dq, de, dk, q, k, b, b_c, dP, dT, B: gl.constexpr, SHARED_B: gl.constexpr, C: gl.constexpr, BK: gl.constexpr, M: gl.constexpr):
-    """Adds what (4.6) sums over pairs of rows where dP and dT hold the decay already."""
-    if B:
-        if SHARED_B:
-            b_c = b.load(M).to(gl.float32)
-        e = shared_tile(q.dtype, C, BK)
-        e.store((k.load(M).to(gl.float32) * b_c).to(q.dtype))
-        fence_async_shared()
-        barrier()
-    dq = warpgroup_mma(dP, k, dq, is_async=True)
-    dk = warpgroup_mma(dP.permute((1, 0)), q, dk, is_async=True)
-    if B:
-        dk = warpgroup_mma(dT.permute((1, 0)), e, dk, is_async=True)
-        de = warpgroup_mma(dT, k, de, is_async=True)
-        dq, dk, de = warpgroup_mma_wait(0, deps=(dq, dk, de))
-    else:
-        dq, dk = warpgroup_mma_wait(0, deps=(dq, dk))
-    return dq, de, dk
+    return dq, -de, dk, dgamma
 
 
 @gluon.jit(do_not_specialize=["tokens", "per_sequence", "sequences"])
 def dscores_kernel(
-    q, k, g, b, first_chunk, starts, lengths, R, S, do, dZ, dS, dP, dT, dq, dk, dg, db, scale, tokens, per_sequence, sequences,
+    q, k, g, b, first_chunk, starts, lengths, R, S, do, dZ, dS, dq, dk, dg, db, scale, tokens, per_sequence, sequences,
     S_Q: gl.constexpr, S_K: gl.constexpr, S_G: gl.constexpr, S_B: gl.constexpr, S_O: gl.constexpr,
     H: gl.constexpr, HV: gl.constexpr, K: gl.constexpr, V: gl.constexpr, C: gl.constexpr, G: gl.constexpr, B: gl.constexpr,
     HG: gl.constexpr, HB: gl.constexpr, PACKED: gl.constexpr, BK: gl.constexpr, BV: gl.constexpr,
@@ -121,53 +155,62 @@ def dscores_kernel(
     k += start * S_K + (head // (HV // H)) * K + ck
     g += start * S_G + (head // (HV // HG)) * (K if G == 2 else 1) + (ck if G == 2 else 0)
     b += start * S_B + (head // (HV // HB)) * (K if B == 2 else 1) + (ck if B == 2 else 0)
-    dP += at * C * C
-    dT += at * C * C
+    do += start * S_O + head * V
+    dZ += at * C * V
+    R += at * C * V
+    S += row * V
+    dS += row * V
     dtype: gl.constexpr = q.dtype.element_ty
     SHARED_B: gl.constexpr = B == 2 and b.dtype.element_ty == dtype  # a wider gate waits in registers
     GROUPS: gl.constexpr = gl.num_warps() // 4
     M: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, GROUPS], [16, BK // GROUPS, 16])
+    SQUARE: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, GROUPS], [16, C // GROUPS, 16])
     # one column of 16 rows a thread: sums over time are its own work
     COLUMN: gl.constexpr = gl.BlockedLayout([16, 1], [1, 32], [4, GROUPS], [0, 1])
     ROW: gl.constexpr = gl.BlockedLayout([2], [32], [gl.num_warps()], [0])
     WIDE: gl.constexpr = gl.BlockedLayout([1, 8], [4, 8], [gl.num_warps(), 1], [1, 0])
     r = gl.arange(0, C, layout=gl.SliceLayout(1, M))
 
-    # --- through the states; what comes later is on its way meanwhile
+    # --- the gradients of the scores
     q_s, k_s, b_s = shared_tile(dtype, C, BK), shared_tile(dtype, C, BK), shared_tile(dtype, C, BK)
-    dP_s, dT_s = shared_tile(dtype, C, C), shared_tile(dtype, C, C)
+    do_s, dZ_s, R_s = shared_tile(dtype, C, BV), shared_tile(dtype, C, BV), shared_tile(dtype, C, BV)
+    S_s, dS_s = shared_tile(dtype, BK, BV), shared_tile(dtype, BK, BV)
+    fetch_values(do_s, dZ_s, R_s, do, dZ, R, 0, rows, S_O, B, V, BV)
     fetch(q_s, q, S_Q, rows)
     fetch(k_s, k, S_K, rows)
     if SHARED_B:
         fetch(b_s, b, S_B, rows)
-    fetch(dP_s, dP, C)
-    if B:
-        fetch(dT_s, dT, C)
     async_copy.commit_group()
+    if V == BV:
+        fetch_states(S_s, dS_s, S, dS, 0, V, BV)
+    sums, diagonal = shared_row(C), shared_row(C)
     if G == 2:
         sums = shared_sums(C, BK)
         sums.store(sums_from_the_start(log2_decay(tile(g, rows, S_G, C, BK, COLUMN))))
     if G == 1:
-        sums = shared_row(C)
         sums.store(sums_from_the_start(log2_decay(rows_of(g, rows, S_G, C, ROW))))
-    dq_c, de_c, dk_c, dgamma = state_gradients(
-        do + start * S_O + head * V, dZ + at * C * V, R + at * C * V, S + row * V, dS + row * V, rows, S_O, B, V, C, BK, BV, M, WIDE,
-    )  # fmt: skip
-    b_c = dk_c  # not read
+    dP, dT = score_gradients(do_s, dZ_s, R_s, do, dZ, R, rows, S_O, B, V, C, BV, SQUARE)
+    operand: gl.constexpr = gl.float16 if G == 2 else dtype
+    P_s, T_s = shared_tile(operand, C, C), shared_tile(operand, C, C)
+    n = put_scores(P_s, T_s, diagonal, dP, dT, sums, scale, G, B, C, SQUARE)
+    b_c = dP  # not read
     if B == 1:
         b_c = gl.expand_dims(gl.load(b + r * S_B, mask=r < rows, other=0.0).to(gl.float32), 1)
     if B == 2 and not SHARED_B:
         b_c = tile(b, rows, S_B, C, BK, M)
 
-    # --- through the scores
+    # --- through the scores and the states
     if G == 2:
-        dq_c, de_c, dk_c, dtotal = through_decay(dq_c, de_c, dk_c, dgamma, sums, k_s, scale, C, BK, M, COLUMN)
-        dq_c, de_c, dk_c = tree_gradients(dq_c, de_c, dk_c, sums, q_s, k_s, b_s, b_c, dP_s, dT_s, B, SHARED_B, C, BK, M)
+        tree_q, tree_e, tree_k, n_rows = tree_gradients(sums, q_s, k_s, b_s, b_c, P_s, T_s, B, SHARED_B, C, BK, M)
+    dq_c, de_c, dk_c, dgamma = state_gradients(do_s, dZ_s, R_s, S_s, dS_s, do, dZ, R, S, dS, rows, S_O, B, V, C, BK, BV, M, WIDE)
+    if G == 2:
+        one = power_of_two(-n - n_rows)
+        dq_c, de_c, dk_c, dtotal = through_decay(dq_c, de_c, dk_c, dgamma, sums, k_s, C, BK, M)
+        dq_c, de_c, dk_c = dq_c * scale + tree_q * one, de_c + tree_e * one, dk_c + tree_k * one
     else:
-        dq_c, de_c = dq_c * scale, -de_c
         if G == 1:
             dq_c, de_c, dk_c, dtotal = through_row_decay(dq_c, de_c, dk_c, dgamma, sums, k_s, C, M)
-        dq_c, de_c, dk_c = plain_gradients(dq_c, de_c, dk_c, q_s, k_s, b_s, b_c, dP_s, dT_s, B, SHARED_B, C, BK, M)
+        dq_c, de_c, dk_c = plain_gradients(dq_c * scale, de_c, dk_c, q_s, k_s, b_s, b_c, P_s, T_s, B, SHARED_B, C, BK, M)
 
     # --- results
     token = start * HV + head
@@ -186,14 +229,13 @@ def dscores_kernel(
         dG += b_c * db_c
         dk_c += b_c * de_c
     if G == 2:
-        diagonal = gl.expand_dims(gl.load(dP + r * (C + 1)).to(gl.float32), 1)  # it has no decay
-        dq_c += diagonal * k_c
-        dk_c += diagonal * q_c
+        own = gl.expand_dims(diagonal.load(gl.SliceLayout(1, M)), 1)  # it has no decay
+        dq_c += own * k_c
+        dk_c += own * q_c
     gl.store(dq + to, dq_c.to(dq.dtype.element_ty), mask=inside)
     gl.store(dk + to, dk_c.to(dk.dtype.element_ty), mask=inside)
     if G == 2:
-        dg_c = decay_gradient(dG, sums, dtotal, COLUMN)
-        gl.store(dg + token * K + ck + offsets(C, BK, HV * K, COLUMN), dg_c, mask=within(rows, C, BK, COLUMN))
+        gl.store(dg + to, decay_gradient(dG, sums, dtotal, COLUMN), mask=inside)
     if G == 1:
         t = gl.arange(0, C, layout=ROW)
         barrier()

@@ -7,7 +7,7 @@ from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared, warpgroup_mma, warpgroup_mma_wait
 
-from kernels.delta._gluon.shared import barrier, shared_row, shared_tile, sums_from_the_start
+from kernels.delta._gluon.shared import barrier, exponent_to_half, power_of_two, shared_row, shared_tile, sums_from_the_start
 
 
 @gluon.jit
@@ -39,26 +39,41 @@ def cut(to, d, level: gl.constexpr):
 
 
 @gluon.jit
+def put_rows(Q_h, K_h, E_h, q, k, b, b_c, B: gl.constexpr, SHARED_B: gl.constexpr, M: gl.constexpr):
+    """q, k and e times 2^n to float16; returns n, of few values: how a row is rounded may not hang on what follows it."""
+    q_c, k_c = q.load(M).to(gl.float32), k.load(M).to(gl.float32)
+    most = gl.maximum(gl.abs(q_c), gl.abs(k_c))
+    if B:
+        if SHARED_B:
+            b_c = b.load(M)
+        e_c = k_c * b_c.to(gl.float32)
+        most = gl.maximum(most, gl.abs(e_c))
+    n = exponent_to_half(most, 4, 24)
+    Q_h.store((q_c * power_of_two(n)).to(gl.float16))
+    K_h.store((k_c * power_of_two(n)).to(gl.float16))
+    if B:
+        E_h.store((e_c * power_of_two(n)).to(gl.float16))
+    return n
+
+
+@gluon.jit
 def add_level(
-    dq, de, dk, G, sums, q, k, b, b_c, dP, dT, P_l, T_l, Q_x, K_x, E_x, level: gl.constexpr, B: gl.constexpr, SHARED_B: gl.constexpr,
-    C: gl.constexpr, BK: gl.constexpr, M: gl.constexpr,
+    dq, de, dk, G, sums, q, k, e, dP, dT, P_l, T_l, Q_x, K_x, E_x, level: gl.constexpr, B: gl.constexpr, C: gl.constexpr,
+    BK: gl.constexpr, M: gl.constexpr,
 ):  # fmt: skip
     """Adds (4.6) between the halves of the blocks of 2h rows, h = 2^level.
 
     dP and dT are cut down to the pairs of the level, so no row of an operand has to be zero, and one accumulator serves both dq, on upper rows, and
     dk, on lower ones.
     """
-    dtype: gl.constexpr = Q_x.dtype
     cut(P_l, dP, level)
     x = decay(G, sums, 2**level, C, BK, M)
-    kx = k.load(M).to(gl.float32) * x
-    K_x.store(kx.to(dtype))
-    Q_x.store((q.load(M).to(gl.float32) * x).to(dtype))
+    x_half = x.to(gl.float16)
+    K_x.store(k.load(M) * x_half)
+    Q_x.store(q.load(M) * x_half)
     if B:
+        E_x.store(e.load(M) * x_half)
         cut(T_l, dT, level)
-        if SHARED_B:
-            b_c = b.load(M).to(gl.float32)
-        E_x.store((kx * b_c).to(dtype))
     fence_async_shared()
     barrier()
     zero = gl.zeros([C, BK], gl.float32, layout=M)
@@ -80,47 +95,80 @@ def add_level(
 
 
 @gluon.jit
-def through_decay(dq, de, dk, dgamma, sums, k, scale, C: gl.constexpr, BK: gl.constexpr, M: gl.constexpr, COLUMN: gl.constexpr):
+def tree_gradients(
+    sums, q, k, b, b_c, dP, dT, B: gl.constexpr, SHARED_B: gl.constexpr, C: gl.constexpr, BK: gl.constexpr, M: gl.constexpr
+):  # fmt: skip
+    """What (4.6) sums over pairs of rows, but for the diagonal of dP, times 2^n beside what dP and dT hold; and n."""
+    dq, de, dk = gl.zeros([C, BK], gl.float32, layout=M), gl.zeros([C, BK], gl.float32, layout=M), gl.zeros([C, BK], gl.float32, layout=M)
+    Q_h, K_h, E_h = shared_tile(gl.float16, C, BK), shared_tile(gl.float16, C, BK), shared_tile(gl.float16, C, BK)
+    n = put_rows(Q_h, K_h, E_h, q, k, b, b_c, B, SHARED_B, M)
+    P_l, T_l = shared_tile(gl.float16, C, C), shared_tile(gl.float16, C, C)
+    Q_x, K_x, E_x = shared_tile(gl.float16, C, BK), shared_tile(gl.float16, C, BK), shared_tile(gl.float16, C, BK)
+    barrier()
+    G = sums.load(M)
+    for level in gl.static_range(6):
+        dq, de, dk = add_level(dq, de, dk, G, sums, Q_h, K_h, E_h, dP, dT, P_l, T_l, Q_x, K_x, E_x, level, B, C, BK, M)
+    return dq, de, dk, n
+
+
+@gluon.jit
+def plain_gradients(
+    dq, de, dk, q, k, b, b_c, dP, dT, B: gl.constexpr, SHARED_B: gl.constexpr, C: gl.constexpr, BK: gl.constexpr, M: gl.constexpr
+):  # fmt: skip
+    """Adds the same where dP and dT hold the decay already, with the diagonal."""
+    e = shared_tile(q.dtype, C, BK)
+    if B:
+        if SHARED_B:
+            b_c = b.load(M).to(gl.float32)
+        e.store((k.load(M).to(gl.float32) * b_c).to(q.dtype))
+    fence_async_shared()
+    barrier()
+    dq = warpgroup_mma(dP, k, dq, is_async=True)
+    dk = warpgroup_mma(dP.permute((1, 0)), q, dk, is_async=True)
+    if B:
+        dk = warpgroup_mma(dT.permute((1, 0)), e, dk, is_async=True)
+        de = warpgroup_mma(dT, k, de, is_async=True)
+    dq, dk, de = warpgroup_mma_wait(0, deps=(dq, dk, de))
+    return dq, de, dk
+
+
+@gluon.jit
+def through_decay(dq, de, dk, dgamma, sums, k, C: gl.constexpr, BK: gl.constexpr, M: gl.constexpr):
     """dq, de, dk through the states (4.4, 4.5), now times the decays of (4.6); and what every decay of the chunk is part of [1, BK]: the terms of
     (4.8) that hold G_C."""
     G = sums.load(M)
     from_start = gl.exp2(G)
-    dq = dq * (from_start * scale)
-    de = de * -from_start
     dk = dk * gl.exp2(sums.slice(C - 1, 1, dim=0).load(M) - G)
     behind, through = shared_row(BK), shared_row(BK)
     behind.store(gl.sum(k.load(M).to(gl.float32) * dk, 0))
     through.store(dgamma)
     barrier()
-    total = gl.exp2(sums.slice(C - 1, 1, dim=0).load(COLUMN))
-    dtotal = gl.expand_dims(behind.load(gl.SliceLayout(0, COLUMN)), 0) + total * gl.expand_dims(through.load(gl.SliceLayout(0, COLUMN)), 0)
-    return dq, de, dk, dtotal
+    total = gl.exp2(sums.slice(C - 1, 1, dim=0).load(M))
+    dtotal = gl.expand_dims(behind.load(gl.SliceLayout(0, M)), 0) + total * gl.expand_dims(through.load(gl.SliceLayout(0, M)), 0)
+    return dq * from_start, de * from_start, dk, dtotal
 
 
 @gluon.jit
-def tree_gradients(
-    dq, de, dk, sums, q, k, b, b_c, dP, dT, B: gl.constexpr, SHARED_B: gl.constexpr, C: gl.constexpr, BK: gl.constexpr, M: gl.constexpr,
-):  # fmt: skip
-    """Adds what (4.6) sums over pairs of rows, but for the diagonal of dP."""
-    dtype: gl.constexpr = q.dtype
-    G = sums.load(M)
-    P_l, T_l = shared_tile(dtype, C, C), shared_tile(dtype, C, C)
-    Q_x, K_x, E_x = shared_tile(dtype, C, BK), shared_tile(dtype, C, BK), shared_tile(dtype, C, BK)
-    for level in gl.static_range(6):
-        dq, de, dk = add_level(dq, de, dk, G, sums, q, k, b, b_c, dP, dT, P_l, T_l, Q_x, K_x, E_x, level, B, SHARED_B, C, BK, M)
-    return dq, de, dk
+def through_row_decay(dq, de, dk, dgamma, sums, k, C: gl.constexpr, M: gl.constexpr):
+    """The same for a decay per head."""
+    G, last = sums.load(gl.SliceLayout(1, M)), sums.slice(C - 1, 1, dim=0).load(gl.SliceLayout(1, M))
+    from_start, to_end = gl.expand_dims(gl.exp2(G), 1), gl.expand_dims(gl.exp2(last - G), 1)
+    dk = dk * to_end
+    total = gl.exp2(gl.sum(last, 0))
+    dtotal = gl.sum(gl.sum(k.load(M).to(gl.float32) * dk, 1), 0) + total * gl.sum(dgamma, 0)
+    return dq * from_start, de * from_start, dk, dtotal
 
 
 @gluon.jit
-def decay_gradient(dG, sums, dtotal, layout: gl.constexpr):
-    """dg [C, BK] in a layout whose threads hold columns: sums of dG from the end, and dtotal. Overwrites `sums`."""
+def decay_gradient(dG, sums, dtotal, COLUMN: gl.constexpr):
+    """dg [C, BK]: sums of dG from the end, and dtotal. Overwrites `sums`; threads of the layout COLUMN hold columns."""
     barrier()
     sums.store(dG)
     barrier()
-    dG = sums.load(layout)
-    before = sums_from_the_start(dG)
+    before = sums_from_the_start(sums.load(COLUMN))
     barrier()
     sums.store(before)
     barrier()
+    M: gl.constexpr = dG.type.layout
     # from the last row's sum: it is the same number in every row behind which nothing is left to add
-    return (sums.slice(sums.shape[0] - 1, 1, dim=0).load(layout) - before) + dG + dtotal
+    return (sums.slice(sums.shape[0] - 1, 1, dim=0).load(M) - sums.load(M)) + dG + dtotal

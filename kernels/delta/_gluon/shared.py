@@ -136,3 +136,20 @@ def shared_sums(C: gl.constexpr, BK: gl.constexpr):
     else:
         layout: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [1, 0])
     return gl.allocate_shared_memory(gl.float32, [C, BK], layout)
+
+
+@gluon.jit
+def exponent_to_half(magnitudes, STEP: gl.constexpr, MOST: gl.constexpr):
+    """n, within MOST, that brings the largest of a tile below 2^15 when times 2^n, and not below 2^(15 - 2^STEP); NaN does not count.
+
+    What float16 then loses is less than 2^-24 of the largest, for STEP up to 4. n is the same for tiles whose largest are near each other.
+    """
+    exponent = (gl.max(magnitudes).to(gl.int32, bitcast=True) >> 23) - 127
+    n = ((22 - exponent) >> STEP << STEP) - 8
+    return gl.minimum(gl.maximum(n, -MOST), MOST)
+
+
+@gluon.jit
+def power_of_two(n):
+    """2^n in float32."""
+    return ((n + 127) << 23).to(gl.float32, bitcast=True)

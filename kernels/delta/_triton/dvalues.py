@@ -73,10 +73,10 @@ def score_gradients(
 def dvalues_kernel(
     v, g, w, first_chunk, starts, lengths, A, R, do, dZ, dP, dT, sums, rest, dv, dw, scale, tokens, per_sequence, sequences,
     S_V: tl.constexpr, S_G: tl.constexpr, S_W: tl.constexpr, S_O: tl.constexpr, HV: tl.constexpr, HG: tl.constexpr, K: tl.constexpr, V: tl.constexpr,
-    C: tl.constexpr, G: tl.constexpr, B: tl.constexpr, W: tl.constexpr, PACKED: tl.constexpr, SUMS: tl.constexpr, EXACT: tl.constexpr,
+    C: tl.constexpr, G: tl.constexpr, B: tl.constexpr, W: tl.constexpr, PACKED: tl.constexpr, SCORES: tl.constexpr, EXACT: tl.constexpr,
     PRECISION: tl.constexpr, BV: tl.constexpr,
 ):  # fmt: skip
-    """One program a chunk and head. dZ holds dR and is overwritten; SUMS: G of every channel goes to `sums` for the next launch."""
+    """One program a chunk and head. dZ holds dR and is overwritten; SCORES: for the next launch dP, dT and, to `sums`, G of every channel."""
     work = tl.program_id(0)
     chunk, head = work // HV, work % HV
     if chunk >= n_chunks(first_chunk, per_sequence, sequences, PACKED):
@@ -90,10 +90,11 @@ def dvalues_kernel(
         A + at * C, dZ + at * V, v + start * S_V + head * V, w + start * S_W + head * VW, dv + token * V, dw + token * VW, rows,
         S_V, S_W, HV * V, HV * VW, W, B, V, C, BV, PRECISION,
     )  # fmt: skip
-    dP_c, dT_c = score_gradients(do, dZ + at * V, R + at * V, g, scale, rows, S_O, S_G, G, B, V, C, BV, PRECISION)
-    square = tl.arange(0, C)[:, None] * C + tl.arange(0, C)[None, :]
-    tl.store(dP + at * C + square, dP_c)
-    if B:
-        tl.store(dT + at * C + square, dT_c)
-    if SUMS:
-        running_sums(g, sums + token * K, rest + token * K, rows, S_G, HV * K, K, C, EXACT)
+    if SCORES:
+        dP_c, dT_c = score_gradients(do, dZ + at * V, R + at * V, g, scale, rows, S_O, S_G, G, B, V, C, BV, PRECISION)
+        square = tl.arange(0, C)[:, None] * C + tl.arange(0, C)[None, :]
+        tl.store(dP + at * C + square, dP_c)
+        if B:
+            tl.store(dT + at * C + square, dT_c)
+        if G == 2:
+            running_sums(g, sums + token * K, rest + token * K, rows, S_G, HV * K, K, C, EXACT)
