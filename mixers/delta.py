@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from kernels import delta_rule, delta_rule_step
 from mixers.base import SequenceMixer, at_least_one, linear_flops, multiple_of
 from mixers.errors import ConfigError
-from mixers.layers import MIXER_GAIN, GatedRMSNorm, Linear, ShortConv, xavier
+from mixers.layers import MIXER_GAIN, GatedRMSNorm, Linear, ShortConv, side_by_side, to_autocast, xavier
 from mixers.state import DeltaState, zero_state
 
 
@@ -94,17 +94,21 @@ class DeltaMixer(SequenceMixer[DeltaState]):
 
     def forward(self, x_BTD: Tensor, state: DeltaState | None = None, *, cu_seqlens: Tensor | None = None) -> tuple[Tensor, DeltaState | None]:
         self.check_input(x_BTD, state, cu_seqlens)
-        mixed, conv = self.conv(self._project(x_BTD), None if state is None else state.conv, cu_seqlens)
-        q, k, v = self._heads(mixed)
+        x_BTD = to_autocast(x_BTD)
+        parts, conv = self.conv(self._project(x_BTD), None if state is None else state.conv, cu_seqlens, self._widths)
+        q, k, v = self._heads(*parts)
+        # narrow, and made here so that its gradient is widened to d_model behind the delta rule's, where the layer needs the most memory
+        hidden = self.gate_proj[0](x_BTD)
         o, S = delta_rule(q, k, v, *self.gates(x_BTD), state=None if state is None else state.S, cu_seqlens=cu_seqlens)
-        return self._output(o, x_BTD), None if state is None else DeltaState(S, conv)
+        return self._output(o, hidden), None if state is None else DeltaState(S, conv)
 
     def step(self, x_BD: Tensor, state: DeltaState) -> tuple[Tensor, DeltaState]:
         self.check_state(state, x_BD.shape[0])
+        x_BD = to_autocast(x_BD)
         mixed, conv = self.conv.step(self._project(x_BD), state.conv)
-        q, k, v = self._heads(mixed)
+        q, k, v = self._heads(*mixed.split(self._widths, -1))
         o, S = delta_rule_step(q, k, v, *self.gates(x_BD), state=state.S)
-        return self._output(o, x_BD), DeltaState(S, conv)
+        return self._output(o, self.gate_proj[0](x_BD)), DeltaState(S, conv)
 
     def init_state(
         self,
@@ -127,17 +131,21 @@ class DeltaMixer(SequenceMixer[DeltaState]):
         return linear_flops(self, tokens) + 2 * tokens * self.conv.weight.numel() + rule
 
     def _project(self, x: Tensor) -> Tensor:
-        return torch.cat([self.q_proj(x), self.k_proj(x), self.v_proj(x)], -1)
+        return side_by_side(x, self.q_proj, self.k_proj, self.v_proj)
 
-    def _heads(self, mixed: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        q, k, v = mixed.split([self.k_width, self.k_width, self.v_width], -1)
+    @property
+    def _widths(self) -> list[int]:
+        """Channels of q, k and v side by side."""
+        return [self.k_width, self.k_width, self.v_width]
+
+    def _heads(self, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         return (
             q.unflatten(-1, (self.num_heads, -1)),
             k.unflatten(-1, (self.num_heads, -1)),
             v.unflatten(-1, (self.num_v_heads, -1)),
         )
 
-    def _output(self, o: Tensor, x: Tensor) -> Tensor:
-        gate = self.gate_proj(x).unflatten(-1, (self.num_v_heads, -1))
+    def _output(self, o: Tensor, hidden: Tensor) -> Tensor:
+        gate = self.gate_proj[1](hidden).unflatten(-1, (self.num_v_heads, -1))
         out: Tensor = self.o_proj(self.norm(o, gate).flatten(-2))
         return out

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import final
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
-from kernels import causal_conv1d, causal_conv1d_step, delta_gates, gated_rms_norm
+from kernels import causal_conv1d_step, delta_gates, gated_rms_norm
+from kernels.conv1d.api import causal_conv1d_parts
 
 MIXER_GAIN = 2**-2.5  # Xavier gain of every linear in a recurrent mixer (Gated DeltaNet-2, appendix)
 
@@ -43,6 +46,32 @@ class Linear(nn.Linear):
             self.weight *= self.init_scale
             if self.bias is not None:
                 self.bias.zero_()
+
+
+def to_autocast(x: Tensor) -> Tensor:
+    """x as autocast would hand it to a linear layer: cast and saved once for all layers that read it, their gradients summed in that dtype.
+
+    Autocast itself remembers the casts of parameters only.
+    """
+    kind = x.device.type
+    return x.to(torch.get_autocast_dtype(kind)) if torch.is_autocast_enabled(kind) and x.dtype == torch.float32 else x
+
+
+def side_by_side(x: Tensor, *layers: nn.Module) -> Tensor:
+    """The outputs of linear layers without bias on x [.., d_model], side by side [.., their widths].
+
+    One product with the weights side by side where that moves fewer bytes than joining the outputs, with more tokens than `d_model`. A layer that
+    is not just a weight (replaced, hooked, split over devices) is called.
+    """
+    if x.shape[:-1].numel() <= x.shape[-1] or not all(map(_is_just_a_weight, layers)):
+        return torch.cat([layer(x) for layer in layers], -1)
+    x = to_autocast(x)
+    return F.linear(x, torch.cat([to_autocast(layer.weight) for layer in layers]))  # type: ignore[arg-type]
+
+
+def _is_just_a_weight(layer: nn.Module) -> bool:
+    hooks = (layer._forward_pre_hooks, layer._forward_hooks, layer._backward_pre_hooks, layer._backward_hooks)
+    return type(layer) is Linear and layer.bias is None and not isinstance(layer.weight, DTensor) and not any(hooks)
 
 
 class FP32Module(nn.Module):
@@ -131,11 +160,12 @@ class ShortConv(nn.Module):
         bound = self.weight.shape[1] ** -0.5  # torch's Conv1d: uniform in +- 1 / sqrt(fan_in)
         nn.init.uniform_(self.weight, -bound, bound)
 
-    def forward(self, x: Tensor, state: Tensor | None, cu_seqlens: Tensor | None) -> tuple[Tensor, Tensor]:
-        """x [B, T, channels], state [N, size-1, channels] -> y and the new state."""
-        return causal_conv1d(
+    def forward(self, x: Tensor, state: Tensor | None, cu_seqlens: Tensor | None, parts: Sequence[int]) -> tuple[tuple[Tensor, ...], Tensor]:
+        """x [B, T, channels], state [N, size-1, channels] -> y in tensors of the widths `parts`, and the new state."""
+        return causal_conv1d_parts(
             x,
             self.weight,
+            parts=parts,
             activation="silu",
             norm_size=self.norm_size,
             norm_channels=self.norm_channels,

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from kernels import causal_conv1d, causal_conv1d_step
 from kernels.conv1d import api
+from kernels.conv1d.api import causal_conv1d_parts
 from kernels.conv1d.reference import NORM_EPS
 
 pytestmark = pytest.mark.usefixtures("poison")
@@ -280,9 +281,15 @@ def test_bad_input_of_a_step() -> None:
             causal_conv1d_step(**({"x": X[:, 0], "weight": WEIGHT, "state": state} | changes))
 
 
+@pytest.mark.parametrize("parts", [[], [6, 5], [0, 12], [13, -1]])
+def test_parts_that_do_not_fit(parts: list[int]) -> None:
+    with pytest.raises(ValueError, match=r"causal_conv1d: parts must be positive widths with the sum D = 12, got"):
+        causal_conv1d_parts(X, WEIGHT, parts=parts)
+
+
 def test_every_message_is_met() -> None:
-    """Each `raise` of the module has a line in the table above."""
-    met = []
+    """Each `raise` of the module has a line in the table above, or the test above."""
+    met = ["causal_conv1d: parts must be positive widths with the sum D = 12, got"]
     for error, changes, _ in BAD.values():
         with pytest.raises(error) as caught:
             causal_conv1d(**({"x": X, "weight": WEIGHT} | changes))

@@ -15,7 +15,7 @@ from mixers.contract import error
 from mixers.delta import DeltaMixer
 from mixers.gdn2 import GatedDeltaNet2
 from mixers.init import initialize
-from mixers.layers import DecayGate, Linear, rotate
+from mixers.layers import DecayGate, Linear, rotate, side_by_side
 from mixers.testing import *  # noqa: F403
 from mixers.testing import pytest_generate_tests  # noqa: F401
 
@@ -238,3 +238,41 @@ def test_initialize_refuses_what_it_cannot_set() -> None:
         initialize(Bare(), 0)
     with pytest.raises(ValueError, match="leaves it unset"):
         initialize(Forgetful(), 0)
+
+
+# --- products that are taken together ---
+
+
+def test_projections_side_by_side_are_the_projections_one_by_one() -> None:
+    """With few tokens and with many; and where a layer is more than its weight, it is called."""
+    layers = [Linear(6, width, init=lambda weight: weight.normal_()).double() for width in (4, 4, 3)]
+    for tokens in (6, 7):
+        x = torch.randn(1, tokens, 6, dtype=torch.float64, requires_grad=True)
+        leaves = [x, *(layer.weight for layer in layers)]
+        together, apart = side_by_side(x, *layers), torch.cat([layer(x) for layer in layers], -1)
+        found, expected = (torch.autograd.grad(y.square().sum(), leaves) for y in (together, apart))
+        for got, exact in zip((together, *found), (apart, *expected), strict=True):
+            assert error(got.detach(), exact.detach()) < 1e-14
+    calls: list[int] = []
+    handle = layers[1].register_forward_hook(lambda *_: calls.append(1))
+    assert error(side_by_side(x, *layers).detach(), apart.detach()) < 1e-14
+    assert calls == [1]
+    handle.remove()
+    wrapped = torch.nn.Sequential(layers[2], torch.nn.ReLU())
+    assert torch.equal(side_by_side(x, *layers[:2], wrapped)[..., 8:], layers[2](x).relu())
+
+
+@pytest.mark.parametrize("name", ["gdn2", "kda"])
+def test_autocast_casts_a_mixers_input_once(name: str) -> None:
+    """Also an input that is no parameter, whose casts autocast does not remember; the output is that of a rounded input."""
+    mixer = built(name, num_heads=2, head_dim=8).float()
+    x = torch.randn(1, 40, D, generator=torch.Generator().manual_seed(0), requires_grad=True)
+    casts: list[int] = []
+    with torch.autocast("cpu", torch.bfloat16):
+        with torch.autograd.graph.saved_tensors_hooks(lambda t: (casts.append(t.data_ptr()) if t.shape[-2:] == (40, D) else None, t)[1], lambda t: t):
+            y = mixer(2 * x)[0]
+        assert torch.equal(y, mixer((2 * x.detach()).bfloat16())[0])
+    assert len(set(casts)) == 1
+    (dx,) = torch.autograd.grad(y.float().sum(), x)
+    assert dx.dtype == torch.float32
+    assert dx.isfinite().all()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Literal
 
 import torch
@@ -48,7 +49,39 @@ def causal_conv1d(
         ValueError, TypeError: shapes, devices, dtypes or readable values that do not fit.
         NotImplementedError: `backend="triton"` where it cannot run.
     """
+    (y,), new_state = causal_conv1d_parts(
+        x,
+        weight,
+        bias,
+        parts=None,
+        activation=activation,
+        norm_size=norm_size,
+        norm_channels=norm_channels,
+        state=state,
+        cu_seqlens=cu_seqlens,
+        backend=backend,
+    )
+    return y, new_state
+
+
+def causal_conv1d_parts(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    *,
+    parts: Sequence[int] | None,
+    activation: Activation | None = None,
+    norm_size: int | None = None,
+    norm_channels: int | None = None,
+    state: Tensor | None = None,
+    cu_seqlens: Tensor | None = None,
+    backend: backends.Requested = "auto",
+) -> tuple[tuple[Tensor, ...], Tensor]:
+    """`causal_conv1d` with y in tensors [B, T, width] of these widths, whose gradients need not be joined again; None: one."""
     _check(x, weight, bias, activation, norm_size, norm_channels, ndim=3)
+    parts = [x.shape[-1]] if parts is None else parts
+    if min(parts, default=0) < 1 or sum(parts) != x.shape[-1]:
+        raise ValueError(f"causal_conv1d: parts must be positive widths with the sum D = {x.shape[-1]}, got {list(parts)}")
     sequences = x.shape[0]
     if cu_seqlens is not None:
         if x.shape[0] != 1:
@@ -60,10 +93,12 @@ def causal_conv1d(
     chosen = backends.resolve("causal_conv1d", backend, x.device, op.refusal(x, weight, bias, state, norm_size))
     with torch.autocast(x.device.type, enabled=False):
         if chosen == "triton":
-            y, new_state = op.causal_conv1d(x, weight, bias, state, cu_seqlens, *_epilogue(x, activation, norm_size, norm_channels))
-            return y, new_state
+            epilogue = _epilogue(x, activation, norm_size, norm_channels)
+            whole = not op.divisible(parts, epilogue[1])
+            *ys, new_state = op.causal_conv1d(x, weight, bias, state, cu_seqlens, *epilogue, [x.shape[-1]] if whole else list(parts))
+            return ys[0].split(list(parts), -1) if whole else tuple(ys), new_state
         y, new_state = reference.convolve(x, weight, bias, state, cu_seqlens)
-        return reference.epilogue(y, activation, norm_size, norm_channels).to(x.dtype), new_state
+        return reference.epilogue(y, activation, norm_size, norm_channels).to(x.dtype).split(list(parts), -1), new_state
 
 
 def causal_conv1d_step(

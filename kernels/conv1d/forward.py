@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from itertools import accumulate
 from typing import NamedTuple
 
 import torch
@@ -31,6 +32,22 @@ def rows_of(x: Tensor) -> Rows:
     return Rows(x.contiguous(), tokens, channels)
 
 
+def edges_of(parts: list[int]) -> list[int]:
+    """Where the second and the third part begin."""
+    return list(accumulate(parts))[:-1]
+
+
+def three(parts: list[Tensor]) -> list[Tensor]:
+    """For kernels with three pointers; what is missing is not read."""
+    return [*parts, *[parts[-1]] * (3 - len(parts))]
+
+
+def edge_constants(edges: list[int], channels: int) -> dict[str, int]:
+    """An edge that is not there lies behind the last channel."""
+    first, second = [*edges, channels, channels][:2]
+    return {"E1": first, "E2": second}
+
+
 def constants(plan: Plan, weight: Tensor, *, silu: bool, norm_size: int, norm_channels: int) -> dict[str, object]:
     """The compile-time arguments that all kernels take."""
     groups = norm_channels // norm_size if norm_size else 0
@@ -38,16 +55,18 @@ def constants(plan: Plan, weight: Tensor, *, silu: bool, norm_size: int, norm_ch
 
 
 def forward(
-    x: Tensor, weight: Tensor, bias: Tensor | None, state: Tensor | None, cu_seqlens: Tensor | None, *, silu: bool, norm_size: int, norm_channels: int
-) -> tuple[Tensor, Tensor]:
-    """y [B, T, D] and the new state [N, W-1, D], in one launch."""
+    x: Tensor, weight: Tensor, bias: Tensor | None, state: Tensor | None, cu_seqlens: Tensor | None, *, silu: bool, norm_size: int,
+    norm_channels: int, parts: list[int],
+) -> list[Tensor]:  # fmt: skip
+    """The parts of y, [B, T, width] each, and the new state [N, W-1, D], in one launch."""
     from kernels.conv1d._triton.forward import conv_forward
 
     batch, tokens, channels = x.shape
     sequences = batch if cu_seqlens is None else cu_seqlens.numel() - 1
     rows = rows_of(x)
-    p = plan("forward", x, weight.shape[1], norm_size, tokens)
-    y = torch.empty(x.shape, dtype=x.dtype, device=x.device)
+    edges = edges_of(parts)
+    p = plan("forward", x, weight.shape[1], norm_size, tokens, edges)
+    y = [torch.empty(batch, tokens, width, dtype=x.dtype, device=x.device) for width in parts]
     new_state = torch.empty(sequences, weight.shape[1] - 1, channels, dtype=x.dtype, device=x.device)
     with torch.cuda.device_of(x):
         conv_forward[(p.blocks * batch * p.segments,)](
@@ -56,7 +75,7 @@ def forward(
             bias if bias is None else bias.contiguous(),
             state if state is None else state.contiguous(),
             cu_seqlens if cu_seqlens is None else cu_seqlens.to(x.device).contiguous(),
-            y,
+            *three(y),
             new_state,
             tokens,
             sequences,
@@ -67,9 +86,10 @@ def forward(
             HAS_BIAS=bias is not None,
             HAS_STATE=state is not None,
             PACKED=cu_seqlens is not None,
+            **edge_constants(edges, channels),
             **constants(p, weight, silu=silu, norm_size=norm_size, norm_channels=norm_channels),
         )
-    return y, new_state
+    return [*y, new_state]
 
 
 def step(x: Tensor, weight: Tensor, bias: Tensor | None, state: Tensor, *, silu: bool, norm_size: int, norm_channels: int) -> tuple[Tensor, Tensor]:

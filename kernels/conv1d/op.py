@@ -5,6 +5,8 @@ A `norm_size` of 0 means no norm. An absent gradient is an empty tensor, since a
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from itertools import accumulate
 from typing import Any
 
 import torch
@@ -31,19 +33,25 @@ def refusal(x: Tensor, weight: Tensor, bias: Tensor | None, state: Tensor | None
     return None
 
 
+def divisible(parts: Sequence[int], norm_size: int) -> bool:
+    """Whether the kernels can put y into tensors of these widths: at most three, between whole norm groups."""
+    return len(parts) == 1 or (len(parts) <= 3 and norm_size > 0 and not any(edge % norm_size for edge in accumulate(parts[:-1])))
+
+
 @torch.library.custom_op("lightning_mixers::causal_conv1d", mutates_args=())
 def causal_conv1d(
-    x: Tensor, weight: Tensor, bias: Tensor | None, state: Tensor | None, cu_seqlens: Tensor | None, silu: bool, norm_size: int, norm_channels: int
-) -> tuple[Tensor, Tensor]:
-    """As `kernels.causal_conv1d`: y [B, T, D] and the new state [N, W-1, D], both in x's dtype."""
+    x: Tensor, weight: Tensor, bias: Tensor | None, state: Tensor | None, cu_seqlens: Tensor | None, silu: bool, norm_size: int, norm_channels: int,
+    parts: list[int],
+) -> list[Tensor]:  # fmt: skip
+    """As `kernels.causal_conv1d`: y [B, T, D] in tensors of these widths (`divisible`), and the new state [N, W-1, D], all in x's dtype."""
     from kernels.conv1d.forward import forward
 
-    return forward(x, weight, bias, state, cu_seqlens, silu=silu, norm_size=norm_size, norm_channels=norm_channels)
+    return forward(x, weight, bias, state, cu_seqlens, silu=silu, norm_size=norm_size, norm_channels=norm_channels, parts=parts)
 
 
 @torch.library.custom_op("lightning_mixers::causal_conv1d_backward", mutates_args=())
 def causal_conv1d_backward(
-    dy: Tensor,
+    dy: list[Tensor],
     d_new_state: Tensor | None,
     x: Tensor,
     weight: Tensor,
@@ -71,9 +79,10 @@ def causal_conv1d_step(
 
 
 @causal_conv1d.register_fake
-def _(x: Tensor, weight: Tensor, _bias: Any, _state: Any, cu_seqlens: Tensor | None, *_: Any) -> tuple[Tensor, Tensor]:
+def _(x: Tensor, weight: Tensor, _bias: Any, _state: Any, cu_seqlens: Tensor | None, *rest: Any) -> list[Tensor]:
     sequences = x.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
-    return x.new_empty(x.shape), x.new_empty(sequences, weight.shape[1] - 1, x.shape[2])
+    new_state = x.new_empty(sequences, weight.shape[1] - 1, x.shape[2])
+    return [*(x.new_empty(*x.shape[:2], width) for width in rest[-1]), new_state]
 
 
 @causal_conv1d_backward.register_fake
@@ -87,17 +96,22 @@ def _(x: Tensor, _weight: Any, _bias: Any, state: Tensor, *_: Any) -> tuple[Tens
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:  # noqa: ARG001 (torch passes it by name)
-    *tensors, ctx.silu, ctx.norm_size, ctx.norm_channels = inputs
+    *tensors, ctx.silu, ctx.norm_size, ctx.norm_channels, ctx.parts = inputs
     ctx.save_for_backward(*tensors)
     ctx.set_materialize_grads(False)
 
 
-def _backward(ctx: Any, dy: Tensor | None, d_new_state: Tensor | None) -> tuple[Any, ...]:
+def _backward(ctx: Any, gradients: list[Tensor | None]) -> tuple[Any, ...]:
     x, weight, bias, state, cu_seqlens = ctx.saved_tensors
-    dy = x.new_zeros(1, 1, 1).expand(x.shape) if dy is None else dy
-    found = causal_conv1d_backward(dy, d_new_state, x, weight, bias, state, cu_seqlens, ctx.silu, ctx.norm_size, ctx.norm_channels)
+    *dy, d_new_state = gradients
+    given = [x.new_zeros(1, 1, 1).expand(*x.shape[:2], width) if d is None else d for d, width in zip(dy, ctx.parts, strict=True)]
+    found = causal_conv1d_backward(given, d_new_state, x, weight, bias, state, cu_seqlens, ctx.silu, ctx.norm_size, ctx.norm_channels)
     needed = (gradient if needs else None for gradient, needs in zip(found, ctx.needs_input_grad, strict=False))
-    return (*needed, None, None, None, None)
+    return (*needed, None, None, None, None, None)
+
+
+def _step_setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+    _setup_context(ctx, (*inputs, None), output)
 
 
 def _step_backward(ctx: Any, dy: Tensor | None, d_new_state: Tensor | None) -> tuple[Any, ...]:
@@ -105,10 +119,10 @@ def _step_backward(ctx: Any, dy: Tensor | None, d_new_state: Tensor | None) -> t
     x, weight, bias, state = ctx.saved_tensors
     x = x.unsqueeze(1)
     dy = x.new_zeros(x.shape) if dy is None else dy.unsqueeze(1)
-    dx, *found = causal_conv1d_backward(dy, d_new_state, x, weight, bias, state, None, ctx.silu, ctx.norm_size, ctx.norm_channels)
+    dx, *found = causal_conv1d_backward([dy], d_new_state, x, weight, bias, state, None, ctx.silu, ctx.norm_size, ctx.norm_channels)
     needed = (gradient if needs else None for gradient, needs in zip((dx.squeeze(1), *found), ctx.needs_input_grad, strict=False))
     return (*needed, None, None, None)
 
 
 causal_conv1d.register_autograd(_backward, setup_context=_setup_context)
-causal_conv1d_step.register_autograd(_step_backward, setup_context=_setup_context)
+causal_conv1d_step.register_autograd(_step_backward, setup_context=_step_setup_context)

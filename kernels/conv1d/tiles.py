@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 from torch import Tensor
@@ -37,13 +38,18 @@ class Plan(NamedTuple):
     options: dict[str, int]  # compile-time sizes, warps, stages
 
 
-def plan(kernel: str, x: Tensor, taps: int, norm_size: int, tokens: int = 1) -> Plan:
-    """The plan of `kernel` for x [B, .., D] with `tokens` tokens a batch row; a norm group (`norm_size` channels, 0: no norm) is never divided."""
+def plan(kernel: str, x: Tensor, taps: int, norm_size: int, tokens: int = 1, edges: Sequence[int] = ()) -> Plan:
+    """The plan of `kernel` for x [B, .., D] with `tokens` tokens a batch row; a norm group (`norm_size` channels, 0: no norm) is never divided.
+
+    No program works on both sides of an edge, a multiple of `norm_size`.
+    """
     tile = TILES.pick(kernel, x.device, x.element_size(), taps)
     channels, block = x.shape[-1], tile.blocks["BLOCK"]
     size = norm_size or min(block, power_of_two(channels))
     padded = power_of_two(size)
     groups = max(1, min(block // padded, power_of_two(-(-channels // size))))
+    while any(edge % (groups * size) for edge in edges):
+        groups //= 2
     warps = tile.num_warps * max(1, padded // block)
     blocks = -(-channels // (groups * size))
     segment = tile.blocks.get("SEGMENT", 1)

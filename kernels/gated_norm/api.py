@@ -36,8 +36,7 @@ def gated_rms_norm(x: Tensor, gate: Tensor, weight: Tensor, eps: float, *, backe
     with torch.autocast(x.device.type, enabled=False):
         if chosen == "reference":
             return reference.gated_rms_norm(x, gate, weight, eps)
-        y: Tensor = op.gated_rms_norm(x, gate, weight, float(eps))
-    return y
+        return op.run(x, gate, weight, float(eps))
 
 
 def _refusal(x: Tensor, gate: Tensor, weight: Tensor) -> str | None:

@@ -41,7 +41,7 @@ def as_heads(*tensors: Tensor) -> tuple[int, list[Tensor]]:
 
 def _one_stride(x: Tensor) -> bool:
     """Whether the rows of x lie at one distance from each other: all axes but the last can be merged."""
-    return all(x.stride(i) == x.shape[i + 1] * x.stride(i + 1) for i in range(x.ndim - 2))
+    return x.is_contiguous() or all(x.stride(i) == x.shape[i + 1] * x.stride(i + 1) for i in range(x.ndim - 2))
 
 
 def gated_rms_norm(x: Tensor, gate: Tensor, weight: Tensor, eps: float) -> Tensor:

@@ -12,19 +12,21 @@ from kernels.gates.forward import as_rows, launch
 
 
 def gates(
-    dg: Tensor, db: Tensor, dw: Tensor, f: Tensor, a: Tensor, delta: Tensor, b: Tensor, w: Tensor, b_scale: float
+    dg: Tensor, db: Tensor, dw: Tensor, g: Tensor, a: Tensor, b: Tensor, w: Tensor, b_scale: float, dtype: torch.dtype
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """See `kernels.gates.op.delta_gates_backward`."""
     from kernels.gates._triton.backward import gates_backward
 
-    tokens, width = f.shape[:-1].numel(), f.shape[-1]
-    df, db_in, dw_in = (torch.empty(x.shape, device=x.device, dtype=x.dtype) for x in (f, b, w))
-    dg, db, dw, f, b, w = (as_rows(x, tokens) for x in (dg.flatten(-2), db, dw, f, b, w))
-    grid, columns, tile = launch("backward", f, b, w)
-    partial = torch.empty(grid[0], 2, width, device=f.device, dtype=torch.float32)
+    dg, g = dg.flatten(-2), g.flatten(-2)
+    tokens, width = g.shape[:-1].numel(), g.shape[-1]
+    df = torch.empty(g.shape, device=g.device, dtype=dtype)
+    db_in, dw_in = (torch.empty(x.shape, device=x.device, dtype=x.dtype) for x in (b, w))
+    dg, db, dw, g, b, w = (as_rows(x, tokens) for x in (dg, db, dw, g.contiguous(), b, w))
+    grid, columns, tile = launch("backward", g, b, w, dtype.itemsize)
+    partial = torch.empty(grid[0], 2, width, device=g.device, dtype=torch.float32)
     gates_backward[grid](
-        *(dg, db, dw, f, a.contiguous(), delta.contiguous(), b, w, df, db_in, dw_in, partial, tokens),
-        *(dg.stride(0), db.stride(0), dw.stride(0), f.stride(0), b.stride(0), w.stride(0)),
+        *(dg, db, dw, g, a.contiguous(), b, w, df, db_in, dw_in, partial, tokens),
+        *(dg.stride(0), db.stride(0), dw.stride(0), b.stride(0), w.stride(0)),
         *(width, b.shape[1], w.shape[1], b_scale),
         C=width // a.shape[0],
         BC=columns,

@@ -24,11 +24,11 @@ class Launch(NamedTuple):
     tile: Tile
 
 
-def launch(kernel: str, f: Tensor, b: Tensor, w: Tensor) -> Launch:
-    """The launch for f, b and w of shape [M, width] each; a width may be 0."""
+def launch(kernel: str, f: Tensor, b: Tensor, w: Tensor, itemsize: int) -> Launch:
+    """The launch for f (or g), b and w of shape [M, width] each; a width may be 0. `itemsize`: that of f."""
     widths = [x.shape[1] for x in (f, b, w)]
     columns = min(MAX_COLUMNS, 1 << (max(widths) - 1).bit_length())
-    tile = TILES.pick(kernel, f.device, f.element_size(), columns)
+    tile = TILES.pick(kernel, f.device, itemsize, columns)
     rows = max(tile.blocks["ROWS"], tile.blocks["TILE"] // columns)
     return Launch((-(-f.shape[0] // rows), sum(-(-width // columns) for width in widths)), columns, tile)
 
@@ -47,7 +47,7 @@ def gates(f: Tensor, a: Tensor, delta: Tensor, b: Tensor, w: Tensor, b_scale: fl
     g = torch.empty(*f.shape[:-1], heads, f.shape[-1] // heads, device=f.device, dtype=torch.float32)
     b_out, w_out = (torch.empty(x.shape, device=x.device, dtype=x.dtype) for x in (b, w))
     f, b, w = (as_rows(x, tokens) for x in (f, b, w))
-    grid, columns, tile = launch("forward", f, b, w)
+    grid, columns, tile = launch("forward", f, b, w, f.element_size())
     gates_forward[grid](
         *(f, a.contiguous(), delta.contiguous(), b, w, g, b_out, w_out, tokens),
         *(f.stride(0), b.stride(0), w.stride(0), f.shape[1], b.shape[1], w.shape[1], b_scale),

@@ -1,6 +1,7 @@
 """The kernels as torch operators: opaque to the compiler, differentiable, with shapes known without running.
 
-A gate that is absent is a tensor of width 0 here. Only the inputs are saved: everything else is cheaper to compute than to read.
+A gate that is absent is a tensor of width 0 here. Saved are g, which the delta rule saves anyway, in place of f and delta; and the logits b and w.
+Their gates are not: rounded to 16 bits they do not give the derivative back near 1.
 """
 
 from __future__ import annotations
@@ -29,13 +30,13 @@ def _(f: Tensor, a: Tensor, delta: Tensor, b: Tensor, w: Tensor, b_scale: float)
 
 @torch.library.custom_op("lightning_mixers::delta_gates_backward", mutates_args=())
 def delta_gates_backward(
-    dg: Tensor, db: Tensor, dw: Tensor, f: Tensor, a: Tensor, delta: Tensor, b: Tensor, w: Tensor, b_scale: float
+    dg: Tensor, db: Tensor, dw: Tensor, g: Tensor, a: Tensor, b: Tensor, w: Tensor, b_scale: float, dtype: torch.dtype
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Gradients of f, a, delta, b, w, each in its tensor's dtype."""
+    """Gradients of f (in `dtype`), a, delta, b, w, each in its tensor's dtype."""
     from kernels.gates import backward
 
-    with torch.cuda.device_of(f):
-        return backward.gates(dg, db, dw, f, a, delta, b, w, b_scale)
+    with torch.cuda.device_of(g):
+        return backward.gates(dg, db, dw, g, a, b, w, b_scale, dtype)
 
 
 @delta_gates_backward.register_fake
@@ -43,23 +44,47 @@ def _(
     dg: Tensor,  # noqa: ARG001
     db: Tensor,  # noqa: ARG001
     dw: Tensor,  # noqa: ARG001
-    f: Tensor,
+    g: Tensor,
     a: Tensor,
-    delta: Tensor,
     b: Tensor,
     w: Tensor,
     b_scale: float,  # noqa: ARG001
+    dtype: torch.dtype,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    return f.new_empty(f.shape), a.new_empty(a.shape), delta.new_empty(delta.shape), b.new_empty(b.shape), w.new_empty(w.shape)
+    width = g.shape[-2] * g.shape[-1]
+    df = g.new_empty((*g.shape[:-2], width), dtype=dtype)
+    return df, a.new_empty(a.shape), g.new_empty(width), b.new_empty(b.shape), w.new_empty(w.shape)
 
 
-def _setup(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:  # noqa: ARG001
-    *tensors, ctx.b_scale = inputs
-    ctx.save_for_backward(*tensors)
+def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    f, a, _, b, w, ctx.b_scale = inputs
+    ctx.dtype = f.dtype
+    ctx.save_for_backward(output[0], a, b, w)
 
 
 def _backward(ctx: Any, dg: Tensor, db: Tensor, dw: Tensor) -> tuple[Tensor | None, ...]:
-    return (*delta_gates_backward(dg, db, dw, *ctx.saved_tensors, ctx.b_scale), None)
+    return (*delta_gates_backward(dg, db, dw, *ctx.saved_tensors, ctx.b_scale, ctx.dtype), None)
 
 
 delta_gates.register_autograd(_backward, setup_context=_setup)
+
+
+class _DeltaGates(torch.autograd.Function):
+    """What `register_autograd` makes of the above, in half of its host time; tracing goes by the registration."""
+
+    @staticmethod
+    def forward(ctx: Any, *inputs: Any) -> tuple[Tensor, Tensor, Tensor]:
+        output: tuple[Tensor, Tensor, Tensor] = delta_gates(*inputs)
+        _setup(ctx, inputs, output)
+        return output
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
+        return _backward(ctx, *gradients)
+
+
+def run(f: Tensor, a: Tensor, delta: Tensor, b: Tensor, w: Tensor, b_scale: float) -> tuple[Tensor, Tensor, Tensor]:
+    """`delta_gates`, differentiable."""
+    traced = torch.compiler.is_compiling() or not torch.is_grad_enabled()
+    outputs: tuple[Tensor, Tensor, Tensor] = (delta_gates if traced else _DeltaGates.apply)(f, a, delta, b, w, b_scale)  # type: ignore[no-untyped-call]
+    return outputs

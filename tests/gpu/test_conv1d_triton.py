@@ -310,9 +310,10 @@ def test_step_in_a_cuda_graph() -> None:
 def test_opcheck(layout: str) -> None:
     tensors, options = of_layout(layout)
     leaves, cu_seqlens, epilogue = [t.requires_grad_() for t in tensors.values()], options.get("cu_seqlens"), (True, 4, 8)
-    torch.library.opcheck(op.causal_conv1d, (*leaves, cu_seqlens, *epilogue))
+    torch.library.opcheck(op.causal_conv1d, (*leaves, cu_seqlens, *epilogue, [4, 4, tensors["x"].shape[2] - 8]))
     arguments = [t.detach() for t in leaves]
-    torch.library.opcheck(op.causal_conv1d_backward, (torch.ones_like(arguments[0]), None, *arguments, cu_seqlens, *epilogue))
+    dy = [torch.ones_like(x) for x in arguments[0].split([4, 4, tensors["x"].shape[2] - 8], -1)]
+    torch.library.opcheck(op.causal_conv1d_backward, (dy, None, *arguments, cu_seqlens, *epilogue))
     if cu_seqlens is None:
         torch.library.opcheck(op.causal_conv1d_step, (arguments[0][:, 0].clone().requires_grad_(), *leaves[1:], *epilogue))
 

@@ -1,7 +1,8 @@
 """Every gradient in one launch; the convolution's output is computed again from x.
 
-Shapes: x, dy [B, T, D] (batch `b` at row b * batch_rows, rows x_token apart; dy likewise); dx [B, T, D]; state, d_new, d_state [N, W-1, D]; partial
-[programs along tokens, W or W + 1, D] float32, the shares of dweight and behind them of dbias.
+Shapes: x, dy [B, T, D] (batch `b` at row b * batch_rows, rows x_token apart; dy likewise, in up to three tensors divided at the channels E1 and E2);
+dx [B, T, D]; state, d_new, d_state [N, W-1, D]; partial [programs along tokens, W or W + 1, D] float32, the shares of dweight and behind them of
+dbias.
 
 A program walks forwards. dz_t, the gradient before SiLU and norm, reaches the inputs t - W + 1 .. t, so W - 1 unfinished gradients travel along; the
 oldest is finished and stored each step. The walk goes W - 1 tokens beyond the segment: what the next one adds to this one's inputs.
@@ -10,14 +11,16 @@ oldest is finished and stored each step. The walk goes W - 1 tokens beyond the s
 import triton
 import triton.language as tl
 
-from kernels.conv1d._triton.common import channels, document_end, find_document, load_bias, load_taps, past
+from kernels.conv1d._triton.common import channels, document_end, find_document, load_bias, load_taps, part_of, past
 from kernels.conv1d._triton.gradient import accumulate, gradient_step, store_finished
 
 
 @triton.jit(do_not_specialize=["tokens", "documents", "segment", "segments", "batch_rows", "dy_batch_rows"])
 def conv_backward(
     x,
-    dy,
+    dy0,
+    dy1,
+    dy2,
     d_new,
     weight,
     bias,
@@ -33,8 +36,12 @@ def conv_backward(
     batch_rows,
     x_token,
     dy_batch_rows,
-    dy_token,
+    dy0_token,
+    dy1_token,
+    dy2_token,
     D: tl.constexpr,
+    E1: tl.constexpr,
+    E2: tl.constexpr,
     W: tl.constexpr,
     SIZE: tl.constexpr,
     NORM_GROUPS: tl.constexpr,
@@ -54,6 +61,7 @@ def conv_backward(
     first = (piece % segments) * segment
     last = tl.minimum(first + segment, tokens)
     x += batch * batch_rows * x_token
+    dy, dy_token = part_of(block * (G * SIZE), dy0, dy1, dy2, dy0_token, dy1_token, dy2_token, D, E1, E2)
     dy += batch * dy_batch_rows * dy_token
     dx += batch * tokens * D
 

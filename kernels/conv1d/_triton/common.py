@@ -27,6 +27,20 @@ def channels(block, D: tl.constexpr, SIZE: tl.constexpr, P: tl.constexpr, G: tl.
 
 
 @triton.jit
+def part_of(channel, part0, part1, part2, stride0, stride1, stride2, D: tl.constexpr, E1: tl.constexpr, E2: tl.constexpr):
+    """Of D channels in up to three tensors, divided at E1 and E2, the tensor that holds `channel`, moved so that its first channel has its number
+    among all; and how far its rows lie apart."""
+    part, stride = part0, stride0 + channel * 0
+    if E1 < D:  # noqa: SIM102 (outer: when compiled)
+        if channel >= E1:
+            part, stride = part1 - E1, stride1 + channel * 0
+    if E2 < D:  # noqa: SIM102
+        if channel >= E2:
+            part, stride = part2 - E2, stride2 + channel * 0
+    return part, stride
+
+
+@triton.jit
 def load_taps(weight, channel, valid, W: tl.constexpr):
     """The W taps of every channel, the one that meets the oldest input first."""
     taps = ()

@@ -1,13 +1,14 @@
 """y and the new state, in one launch: every input is read once.
 
-Shapes: x [B, T, D] with batch `b` at row b * batch_rows, rows x_token apart; y [B, T, D]; state, new_state [N, W-1, D]. A program walks the tokens of
-one segment for a tile of [G, P] channels and keeps the last W - 1 inputs in registers.
+Shapes: x [B, T, D] with batch `b` at row b * batch_rows, rows x_token apart; y [B, T, D], in up to three tensors divided at the channels
+E1 and E2; state, new_state [N, W-1, D]. A program walks the tokens of one segment for a tile of [G, P] channels and keeps the last W - 1 inputs in
+registers.
 """
 
 import triton
 import triton.language as tl
 
-from kernels.conv1d._triton.common import channels, convolve, document_end, epilogue, find_document, load_bias, load_taps, past
+from kernels.conv1d._triton.common import channels, convolve, document_end, epilogue, find_document, load_bias, load_taps, part_of, past
 
 
 @triton.jit(do_not_specialize=["tokens", "documents", "segment", "segments", "batch_rows"])
@@ -17,7 +18,9 @@ def conv_forward(
     bias,
     state,
     cu_seqlens,
-    y,
+    y0,
+    y1,
+    y2,
     new_state,
     tokens,  # T
     documents,  # N
@@ -26,6 +29,8 @@ def conv_forward(
     batch_rows,
     x_token,
     D: tl.constexpr,
+    E1: tl.constexpr,
+    E2: tl.constexpr,
     W: tl.constexpr,
     SIZE: tl.constexpr,
     NORM_GROUPS: tl.constexpr,
@@ -44,7 +49,8 @@ def conv_forward(
     first = (piece % segments) * segment
     last = tl.minimum(first + segment, tokens)
     x += batch * batch_rows * x_token
-    y += batch * tokens * D
+    y, y_token = part_of(block * (G * SIZE), y0, y1, y2, E1, E2 - E1, D - E2, D, E1, E2)
+    y += batch * tokens * y_token
 
     group, channel, valid = channels(block, D, SIZE, P, G)
     taps = load_taps(weight, channel, valid, W)
@@ -67,14 +73,14 @@ def conv_forward(
             for k in tl.static_range(UNROLL):
                 window += (rows[k].to(tl.float32),)
                 z = epilogue(convolve(window, taps, offset, W), group, block * G, SILU, NORM_GROUPS)
-                tl.store(y + (t0 + k) * D + channel, z.to(y.dtype.element_ty), mask=valid)
+                tl.store(y + (t0 + k) * y_token + channel, z.to(y.dtype.element_ty), mask=valid)
                 window = window[1:]
         else:
             for t in range(t0, tl.minimum(t0 + UNROLL, last)):
                 row = tl.load(x + t * x_token + channel, mask=valid, other=0.0)  # from the cache: it was just read
                 window += (row.to(tl.float32),)
                 z = epilogue(convolve(window, taps, offset, W), group, block * G, SILU, NORM_GROUPS)
-                tl.store(y + t * D + channel, z.to(y.dtype.element_ty), mask=valid)
+                tl.store(y + t * y_token + channel, z.to(y.dtype.element_ty), mask=valid)
                 window = window[1:]
                 if t + 1 == end:
                     for j in tl.static_range(W - 1):

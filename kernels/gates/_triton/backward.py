@@ -1,13 +1,13 @@
-"""Gradients of f, b, w, and the sums over a program's rows that the gradients of a and delta are made of; gates are computed again from their logits.
+"""Gradients of f, b, w, and the sums over a program's rows that the gradients of a and delta are made of, from g and from the logits b and w.
 
-Shapes: M tokens; dg, f [M, F], db, b [M, NB], dw, w [M, NW] with their row strides; df, db_in, dw_in contiguous; a [F/C], delta [F];
+Shapes: M tokens; dg [M, F], db, b [M, NB], dw, w [M, NW] with their row strides; g [M, F], df, db_in, dw_in contiguous; a [F/C];
 partial [P, 2, F] with P row blocks: the sums of df, and of dg * g, whose sum over a head is da. A program takes rows and columns as in `forward.py`.
 """
 
 import triton
 import triton.language as tl
 
-from kernels.gates._triton.softplus import softplus_and_sigmoid
+from kernels.gates._triton.softplus import sigmoid_of_softplus
 
 
 @triton.jit
@@ -25,43 +25,41 @@ def sigmoid_columns(dy, x, dx, scale, M, dy_stride, stride, width, block, ROWS: 
 
 @triton.jit
 def decay_columns(
-    dg, f, a, delta, df, partial, M, dg_stride, f_stride, width, block,
-    C: tl.constexpr, ROWS: tl.constexpr, BR: tl.constexpr, BC: tl.constexpr,
+    dg, g, a, df, partial, M, dg_stride, width, block, C: tl.constexpr, ROWS: tl.constexpr, BR: tl.constexpr, BC: tl.constexpr,
 ):  # fmt: skip
     """df and the two partial sums for column block `block`."""
     cols = block * BC + tl.arange(0, BC)
     inside = cols < width
     rate = -tl.exp(tl.load(a + cols // C, mask=inside, other=0.0))
-    offset = tl.load(delta + cols, mask=inside, other=0.0)
+    per_rate = 1.0 / tl.where(rate < -1e-37, rate, float("-inf"))  # a rate too small for a reciprocal has gradients too small for a number
     first = tl.program_id(0).to(tl.int64) * max(ROWS, BR) + tl.arange(0, BR)
     sum_df = tl.zeros([BC], tl.float32)
-    sum_dg_dt = tl.zeros([BC], tl.float32)
+    sum_dg_g = tl.zeros([BC], tl.float32)
     for step in range(0, ROWS, BR):
         rows = first + step
         mask = (rows < M)[:, None] & inside[None, :]
         grad = tl.load(dg + rows[:, None] * dg_stride + cols[None, :], mask=mask, other=0.0)  # 0 outside: adds nothing to the sums
-        x = tl.load(f + rows[:, None] * f_stride + cols[None, :], mask=mask, other=0.0).to(tl.float32) + offset[None, :]
-        dt, slope = softplus_and_sigmoid(x)
-        grad_x = grad * rate[None, :] * slope
+        decay = tl.load(g + rows[:, None] * width + cols[None, :], mask=mask, other=0.0)
+        grad_x = grad * (rate[None, :] * sigmoid_of_softplus(decay * per_rate[None, :]))
         sum_df += tl.sum(grad_x, 0)
-        sum_dg_dt += tl.sum(grad * dt, 0)
+        sum_dg_g += tl.sum(grad * decay, 0)
         tl.store(df + rows[:, None] * width + cols[None, :], grad_x.to(df.dtype.element_ty), mask=mask)
     out = partial + tl.program_id(0).to(tl.int64) * (2 * width) + cols
     tl.store(out, sum_df, mask=inside)
-    tl.store(out + width, sum_dg_dt * rate, mask=inside)
+    tl.store(out + width, sum_dg_g, mask=inside)
 
 
 @triton.jit(do_not_specialize=["M"])
 def gates_backward(
-    dg, db, dw, f, a, delta, b, w, df, db_in, dw_in, partial, M,
-    dg_stride, db_stride, dw_stride, f_stride, b_stride, w_stride, F, NB, NW, b_scale,
+    dg, db, dw, g, a, b, w, df, db_in, dw_in, partial, M,
+    dg_stride, db_stride, dw_stride, b_stride, w_stride, F, NB, NW, b_scale,
     C: tl.constexpr, BC: tl.constexpr, TILE: tl.constexpr, ROWS: tl.constexpr,
 ):  # fmt: skip
     BR: tl.constexpr = TILE // BC
     block = tl.program_id(1)
     f_blocks, b_blocks = tl.cdiv(F, BC), tl.cdiv(NB, BC)
     if block < f_blocks:
-        decay_columns(dg, f, a, delta, df, partial, M, dg_stride, f_stride, F, block, C, ROWS, BR, BC)
+        decay_columns(dg, g, a, df, partial, M, dg_stride, F, block, C, ROWS, BR, BC)
     elif block < f_blocks + b_blocks:
         sigmoid_columns(db, b, db_in, b_scale, M, db_stride, b_stride, NB, block - f_blocks, ROWS, BR, BC)
     else:

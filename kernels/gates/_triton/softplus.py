@@ -1,6 +1,6 @@
-"""softplus and its derivative from one exponential.
+"""softplus, and its derivative from its value.
 
-With u = exp(-|x|) in (0, 1]:   softplus(x) = max(x, 0) + log(1 + u),   softplus'(x) = sigmoid(x) = (1 or u) / (1 + u)
+With u = exp(-|x|) in (0, 1]:   softplus(x) = max(x, 0) + log(1 + u),   softplus'(x) = sigmoid(x) = 1 - exp(-softplus(x))
 """
 
 import triton
@@ -32,6 +32,11 @@ def softplus(x):
 
 
 @triton.jit
-def softplus_and_sigmoid(x):
-    u = tl.exp(-tl.abs(x))
-    return tl.maximum(x, 0.0) + log1p_01(u), tl.where(x >= 0, 1.0, u) / (1.0 + u)
+def sigmoid_of_softplus(dt):
+    """1 - exp(-dt) for dt = softplus(x) >= 0 with a relative error of at most 4e-7: the series where the difference would lose digits."""
+    p = dt * 0.0001984126984126984 - 0.001388888888888889
+    p = p * dt + 0.008333333333333333
+    p = p * dt - 0.041666666666666664
+    p = p * dt + 0.16666666666666666
+    p = p * dt - 0.5
+    return tl.where(dt < 0.35, (p * dt + 1.0) * dt, 1.0 - tl.exp(-dt))
