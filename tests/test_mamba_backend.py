@@ -229,13 +229,13 @@ def test_backends_that_do_not_exist(name: str) -> None:
 @pytest.mark.parametrize(
     ("absent", "expected"),
     [
-        ({"mamba_ssm"}, "mamba-ssm is not installed: "),
-        ({"einops"}, "einops is not installed: "),
-        ({"mamba_ssm", "einops", "triton"}, "mamba-ssm and einops and triton are not installed: "),
+        (("mamba_ssm",), "mamba-ssm is not installed: "),
+        (("einops",), "einops is not installed: "),
+        (("mamba_ssm", "einops", "triton"), "mamba-ssm and einops and triton are not installed: "),
     ],
     ids=str,
 )
-def test_missing_packages_are_named_with_the_command(absent: set[str], expected: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_missing_packages_are_named_with_the_command(absent: tuple[str, ...], expected: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(mamba_ssm, "find_spec", lambda name: None if name in absent else object())
     assert mamba_ssm.missing() == expected + mamba_ssm.INSTALL
     monkeypatch.setattr(mamba_ssm, "find_spec", lambda _: object())
