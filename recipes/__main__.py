@@ -17,6 +17,7 @@ COMMANDS: dict[str, tuple[str, str]] = {  # name: (module and function, what it 
     "generate": ("generate:run", "continue a text with a checkpoint"),
     "mixers": ("mixers:run", "list mixers, their settings and the size of their state"),
     "preflight": ("preflight:run", "check a config: sizes, memory, optimizer groups; needs no GPU and no data"),
+    "prepare": ("prepare:run", "tokenize a corpus once, into shards for data.path"),
     "match": ("match:run", "the MLP width that gives a config so many parameters in its blocks"),
     "doctor": ("doctor:run", "what the ops run on here, proof that the kernels are right, what to mend"),
     "bench": ("bench:run", "times of the ops, a layer and decoding, beside other implementations"),

@@ -49,7 +49,7 @@ def test_help_of_a_command(command: str, capsys: pytest.CaptureFixture[str]) -> 
     assert main([command, "--help"]) == 0
     out = capsys.readouterr().out
     assert out.startswith(f"usage: python -m recipes {command}")
-    assert "--config" in out or command in ("generate", "doctor", "bench")
+    assert "--config" in out or command in ("generate", "doctor", "bench", "prepare")
 
 
 # --- every subcommand as a user starts it ---

@@ -5,6 +5,7 @@ from __future__ import annotations
 import glob
 import json
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import NamedTuple
 
@@ -43,20 +44,29 @@ def read_corpus(path: str | None, *, text_key: str = "text", key: str = "data.pa
 
 
 def _read_files(path: str, text_key: str, key: str) -> Iterator[Document]:
-    for name, file in _find_files(path, key):
-        try:
-            if file.suffix == ".jsonl":
-                yield from _read_jsonl(name, file, text_key, key)
-            elif file.suffix == ".parquet":
-                yield from _read_parquet(name, file, text_key, key)
-            else:
-                text = _decode(file.read_bytes(), file, 0, key)
-                yield Document(name, text.removeprefix("\ufeff"))  # a byte order mark is no part of the text
-        except OSError as error:
-            raise ConfigError(f"{key}: {file} cannot be read: {error.strerror or error}") from error
+    for name, file in find_files(path, key):
+        yield from read_file(name, file, text_key=text_key, key=key)
 
 
-def _find_files(path: str, key: str) -> list[tuple[str, Path]]:
+def read_file(name: str, file: Path, *, text_key: str, key: str, span: tuple[int, int] | None = None) -> Iterator[Document]:
+    """The documents of one file, or of a span of it: row groups of a `.parquet`, bytes of a `.jsonl` (the lines that begin there).
+
+    Raises:
+        ConfigError: the file cannot be read, or is not what its name says.
+    """
+    try:
+        if file.suffix == ".jsonl":
+            yield from _read_jsonl(name, file, text_key, key, span)
+        elif file.suffix == ".parquet":
+            yield from _read_parquet(name, file, text_key, key, span)
+        else:
+            text = _decode(file.read_bytes(), file, 0, key)
+            yield Document(name, text.removeprefix("\ufeff"))  # a byte order mark is no part of the text
+    except OSError as error:
+        raise ConfigError(f"{key}: {file} cannot be read: {error.strerror or error}") from error
+
+
+def find_files(path: str, key: str) -> list[tuple[str, Path]]:
     """(name, file) of every file that `path` stands for, sorted; names are relative to a folder."""
     root = Path(path).expanduser()
     if root.is_file():
@@ -88,14 +98,20 @@ def _decode(raw: bytes, file: Path, offset: int, key: str) -> str:
         raise ConfigError(f"{key}: {file} is not UTF-8 text (byte 0x{raw[error.start]:02x} at offset {at})") from error
 
 
-def _read_jsonl(name: str, file: Path, text_key: str, key: str) -> Iterator[Document]:
-    offset = 0
+def _read_jsonl(name: str, file: Path, text_key: str, key: str, span: tuple[int, int] | None) -> Iterator[Document]:
+    start, stop = span or (0, file.stat().st_size)
     with file.open("rb") as lines:
+        if start:  # in the middle of a line, unless the byte before ends one
+            lines.seek(start - 1)
+            start += len(lines.readline()) - 1
         for number, raw in enumerate(lines, start=1):
-            line = _decode(raw, file, offset, key).removeprefix("\ufeff")
-            offset += len(raw)
+            if start >= stop:
+                return
+            line = _decode(raw, file, start, key).removeprefix("\ufeff")
             if line.strip():
-                yield Document(f"{name}:{number}", _json_text(line, f"{file} line {number}", text_key, key))
+                where = f"{file} line {number}" if span is None else f"{file} line at byte {start}"
+                yield Document(f"{name}:{number}", _json_text(line, where, text_key, key))
+            start += len(raw)
 
 
 def _json_text(line: str, where: str, text_key: str, key: str) -> str:
@@ -107,13 +123,18 @@ def _json_text(line: str, where: str, text_key: str, key: str) -> str:
         raise ConfigError(f"{key}: {where} is not a JSON object with a key {text_key!r}")
     if text_key not in record:
         legal = ", ".join(map(str, record)) or "none"
-        raise ConfigError(f"{key}: {where} has no key {text_key!r} (set data.text_key; legal: {legal})")
+        raise ConfigError(f"{key}: {where} has no key {text_key!r} (set {_text_setting(key)}; legal: {legal})")
     text = record[text_key]
     if not isinstance(text, str):
         raise ConfigError(f"{key}: {where}: {text_key!r} is not a string but {type(text).__name__}")
     if not _encodable(text):
         raise ConfigError(f"{key}: {where}: {text_key!r} is not UTF-8 text (half of a surrogate pair)")
     return text
+
+
+def _text_setting(key: str) -> str:
+    """What the setting of the text's key is called beside the setting of the path."""
+    return f"{key.rpartition('.')[0]}.text_key".removeprefix(".")
 
 
 def _encodable(text: str) -> bool:
@@ -124,25 +145,34 @@ def _encodable(text: str) -> bool:
     return True
 
 
-def _read_parquet(name: str, file: Path, text_key: str, key: str) -> Iterator[Document]:
-    try:
+def _read_parquet(name: str, file: Path, text_key: str, key: str, span: tuple[int, int] | None) -> Iterator[Document]:
+    with parquet_errors(file, key):
         import pyarrow as pa
         import pyarrow.parquet as pq
-    except ImportError as error:
-        raise ConfigError(f"{key}: {file} needs pyarrow: pip install 'lightning-mixers[text]'") from error
-    try:
+
         table = pq.ParquetFile(file)
         field_names = table.schema_arrow.names
         if text_key not in field_names:
             legal = ", ".join(field_names)
-            raise ConfigError(f"{key}: {file} has no column {text_key!r} (set data.text_key; legal: {legal})")
+            raise ConfigError(f"{key}: {file} has no column {text_key!r} (set {_text_setting(key)}; legal: {legal})")
         kind = table.schema_arrow.field(text_key).type
         if not (pa.types.is_string(kind) or pa.types.is_large_string(kind)):
             raise ConfigError(f"{key}: {file}: column {text_key!r} does not hold strings but {kind}")
-        row = 0
-        for batch in table.iter_batches(batch_size=1024, columns=[text_key]):
+        row, groups = 0, range(*(span or (0, table.num_row_groups)))
+        for batch in table.iter_batches(batch_size=1024, row_groups=[*groups], columns=[text_key]):
             for text in batch.column(0).to_pylist():
                 yield Document(f"{name}:{row}", text or "")  # a null is an empty text, and passed over like one
                 row += 1
+
+
+@contextmanager
+def parquet_errors(file: Path, key: str) -> Iterator[None]:
+    """Makes one line of what pyarrow, or its absence, raises."""
+    try:
+        import pyarrow as pa
+    except ImportError as error:
+        raise ConfigError(f"{key}: {file} needs pyarrow: pip install 'lightning-mixers[text]'") from error
+    try:
+        yield
     except pa.ArrowException as error:
         raise ConfigError(f"{key}: {file} is not a readable Parquet file: {str(error).splitlines()[0]}") from error

@@ -15,6 +15,7 @@ from torch.utils.data import DataLoader, Sampler
 
 from lit_modules.data.stream import TokenArray
 from lit_modules.data.windows import Batch, Packer, Windows
+from mixers.errors import ConfigError
 
 
 class Shard(NamedTuple):
@@ -54,7 +55,13 @@ def _batches(windows: Windows, packer: Packer, micro_batches: MicroBatches, num_
         num_workers=num_workers,
         pin_memory=torch.cuda.is_available(),
     )
-    return iter(loader)
+    try:
+        yield from loader
+        return
+    except ConfigError as error:  # of shards that are corrupt; one from a worker has its traceback in the message
+        line = str(error).strip().splitlines()[-1].removeprefix("mixers.errors.ConfigError: ")
+        error.__traceback__ = None  # it would keep the workers
+    raise ConfigError(line)
 
 
 @final

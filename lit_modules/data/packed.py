@@ -8,9 +8,11 @@ from lightning.pytorch import LightningDataModule
 from lightning.pytorch.trainer.states import TrainerFn
 
 from lit_modules.data.loaders import EvaluationLoader, Shard, TrainLoader
-from lit_modules.data.stream import EncodedDocument, TokenArray, concatenate, divide, encode_corpus, identity_of
+from lit_modules.data.order import place
+from lit_modules.data.shards import Index, ShardStream, check_tokenizer, is_prepared, read_index, what_is_missing
+from lit_modules.data.stream import EncodedDocument, Stream, TokenArray, concatenate, divide, encode_corpus, identity_of
 from lit_modules.data.tokenizer import load_tokenizer
-from lit_modules.data.windows import Packer, Windows
+from lit_modules.data.windows import Packer, Windows, look_up
 from mixers.errors import ConfigError
 
 
@@ -18,20 +20,23 @@ from mixers.errors import ConfigError
 class PackedText(LightningDataModule):
     """Text, tokenized once, packed into windows of seq_len tokens; batches are `lit_modules.data.windows.Batch`.
 
-    Training sample i is a pure function of (seed, i): window permutation(seed, i // windows)[i % windows].
+    Training sample i is a pure function of (seed, i): window permutation(seed, i // windows)[i % windows]. Where `path` was
+    made by `python -m recipes prepare` nothing is read before it is asked for: shards are mapped into memory, the permutation is
+    computed element by element (`lit_modules.data.order`), and the split for validation is that of `prepare`.
     Ranks, workers, batch size and gradient accumulation only decide who computes it; see `TrainLoader`. The position is
     saved in checkpoints, and training resumes at the exact sample.
 
     Args:
-        path: A text, .jsonl or .parquet file, a folder of such files or a glob pattern. null is the built-in corpus,
-            Python's standard library (source, docstrings and help topics; 10 to 20 MB).
+        path: A folder of prepared shards; or a text, .jsonl or .parquet file, a folder of such files or a glob pattern,
+            read into memory. null is the built-in corpus, Python's standard library (source, docstrings and help topics).
         val_path: Validation corpus. null takes val_fraction of the documents of `path`.
         test_path: Test corpus. null tests on the validation set.
         tokenizer: `bytes`, a local tokenizer.json or sentencepiece model file, or a folder with one.
         seq_len: Tokens a sequence.
         batch_size: Sequences a micro-batch, on each device.
         document_boundaries: Keep documents apart: nothing crosses from one to the next, in the model or in the loss.
-        val_fraction: Share of documents that validate. A document's side depends on its text and split_seed alone.
+        val_fraction: Share of documents that validate. A document's side depends on its text and split_seed alone. Of
+            prepared shards, `prepare` has decided.
         val_tokens: Use at most so many tokens of the validation set (a fixed choice). null uses all.
         text_key: Key of the text in .jsonl lines, or its column in .parquet files.
         seed: Order of documents and windows in training.
@@ -74,6 +79,7 @@ class PackedText(LightningDataModule):
         self.val_path = val_path
         self.test_path = test_path
         self.tokenizer = load_tokenizer(tokenizer)
+        self._tokenizer_name = tokenizer
         self.seq_len = seq_len
         self.batch_size = batch_size
         self.document_boundaries = document_boundaries
@@ -100,42 +106,58 @@ class PackedText(LightningDataModule):
         if "train" not in self._splits and not (testing and self.test_path is not None):
             self._setup_train_and_validation()
         if "test" not in self._splits and self.test_path is not None and (testing or stage is None):
-            self._splits["test"] = self._cut(self._encode("test_path", self.test_path), "testing", "test_path")
+            self._splits["test"] = self._cut(self._whole("test_path", self.test_path), "testing", "test_path")
 
     def _setup_train_and_validation(self) -> None:
-        train = self._encode("path", self.path)
-        self._identity = identity_of(train)
+        if problem := what_is_missing(self.path, self._tokenizer_name):
+            raise ConfigError(problem)
+        train, validation, self._identity = self._prepared() if is_prepared(self.path) else self._encoded()
+        source = "path"
         if self.val_path is not None:
-            validation, source = self._encode("val_path", self.val_path), "val_path"
-        else:
-            self._require_tokens(sum(len(document.tokens) for document in train), "in all", "path")
-            train, validation = divide(train, self.split_seed, self.val_fraction)
-            source = "path"
+            validation, source = self._whole("val_path", self.val_path), "val_path"
         limit = None if self.val_tokens is None else self.val_tokens // self.seq_len
         self._splits["validation"] = self._cut(validation, "validation", source, limit=limit)
         self._splits["train"] = self._cut(train, "training", "path", seed=self.seed)
 
+    def _prepared(self) -> tuple[Stream, Stream, str]:
+        """The streams for training and validation of prepared shards, and a hash of all of them."""
+        index = self._index("path", self.path)
+        return ShardStream(index, "train"), ShardStream(index, "validation"), index.identity
+
+    def _encoded(self) -> tuple[Stream | None, Stream | None, str]:
+        """Those of a corpus of text; without one for validation if that has a corpus of its own."""
+        documents = self._encode("path", self.path)
+        identity = identity_of(documents)
+        validation: list[EncodedDocument] = []
+        if self.val_path is None:
+            self._require_tokens(sum(len(document.tokens) for document in documents), "in all", "path")
+            documents, validation = divide(documents, self.split_seed, self.val_fraction)
+        # Not by `seed` where it does not train: runs with several seeds are validated on the same windows.
+        return concatenate(documents, self.seed), concatenate(validation, self.split_seed), identity
+
+    def _whole(self, key: str, path: str) -> Stream | None:
+        """The stream of a corpus that does not train. Of prepared shards, their validation documents, or all of them if they were not divided."""
+        if not is_prepared(path):
+            return concatenate(self._encode(key, path), self.split_seed)
+        index = self._index(key, path)
+        return ShardStream(index, "validation" if index.total("validation").documents else "train", f"data.{key}")
+
+    def _index(self, key: str, path: str | None) -> Index:
+        index = read_index(str(path), f"data.{key}")
+        check_tokenizer(index, self.tokenizer)
+        return index
+
     def _encode(self, key: str, path: str | None) -> list[EncodedDocument]:
         return encode_corpus(path, self.tokenizer, text_key=self.text_key, key=f"data.{key}")
 
-    def _cut(
-        self,
-        documents: list[EncodedDocument],
-        purpose: str,
-        key: str,
-        *,
-        seed: int | None = None,
-        limit: int | None = None,
-    ) -> Windows:
-        if not documents:
+    def _cut(self, stream: Stream | None, purpose: str, key: str, *, seed: int | None = None, limit: int | None = None) -> Windows:
+        if stream is None or not stream.documents:
+            other = f"data.val_fraction (now {self.val_fraction}) or data.split_seed" if stream is None else "--val_fraction of `prepare`"
             raise ConfigError(
-                f"data.{key}: {self._shown(key)} has no document for {purpose}: it needs more documents, another "
-                f"data.val_fraction (now {self.val_fraction}) or data.split_seed, or a data.val_path"
+                f"data.{key}: {self._shown(key)} has no document for {purpose}: it needs more documents, another {other}, or a data.val_path"
             )
-        # Not by `seed` where it does not train: runs with several seeds are validated on the same windows.
-        stream = concatenate(documents, self.split_seed if seed is None else seed)
         self._require_tokens(len(stream.tokens), f"for {purpose}", key)
-        return Windows(stream, self.seq_len, seed=seed, limit=limit)
+        return Windows(stream, self.seq_len, seed=seed, limit=limit, drawn=place if isinstance(stream, ShardStream) else look_up)
 
     def _require_tokens(self, tokens: int, purpose: str, key: str) -> None:
         if tokens < self.seq_len + 1:
@@ -175,7 +197,7 @@ class PackedText(LightningDataModule):
         for name, windows in self._splits.items():
             stream = windows.stream
             about[name] = {
-                "documents": len(stream.starts),
+                "documents": stream.documents,
                 "tokens": len(stream.tokens),
                 "bytes": stream.n_bytes,
                 "windows": len(windows),

@@ -6,14 +6,15 @@ Side and place are hashes of the text, so neither file names nor other documents
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable
-from typing import NamedTuple
+from collections.abc import Iterable, Sequence
+from typing import NamedTuple, Protocol
 
 import numpy as np
 import numpy.typing as npt
 
 from lit_modules.data.corpus import Document, read_corpus
-from lit_modules.data.tokenizer import Tokenizer
+from lit_modules.data.tokenizer import KEY, Tokenizer
+from mixers.errors import ConfigError
 
 Int64Array = npt.NDArray[np.int64]
 TokenArray = npt.NDArray[np.unsignedinteger]
@@ -27,6 +28,33 @@ class EncodedDocument(NamedTuple):
     n_bytes: int
 
 
+class Tokens(Protocol):
+    """Token ids, [n], of which slices are read: an array, or prepared shards."""
+
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, span: slice, /) -> TokenArray: ...
+
+
+class Stream(Protocol):
+    """What windows are cut from: a `TokenStream`, or a `ShardStream`."""
+
+    @property
+    def tokens(self) -> Tokens: ...
+
+    @property
+    def documents(self) -> int:
+        """How many there are."""
+
+    @property
+    def n_bytes(self) -> int:
+        """UTF-8 bytes of all texts."""
+
+    @property
+    def identity(self) -> str:
+        """A hash of the content."""
+
+
 class TokenStream(NamedTuple):
     """Documents one after the other.
 
@@ -38,6 +66,10 @@ class TokenStream(NamedTuple):
     n_bytes: int
     identity: str
 
+    @property
+    def documents(self) -> int:
+        return len(self.starts)
+
 
 def encode_corpus(path: str | None, tokenizer: Tokenizer, *, text_key: str, key: str) -> list[EncodedDocument]:
     """All documents of a corpus, see `read_corpus` for the arguments and errors."""
@@ -45,9 +77,15 @@ def encode_corpus(path: str | None, tokenizer: Tokenizer, *, text_key: str, key:
 
 
 def encode_document(document: Document, tokenizer: Tokenizer) -> EncodedDocument:
-    """Tokens in the smallest unsigned type that holds the vocabulary."""
+    """Tokens in the smallest unsigned type that holds the vocabulary.
+
+    Raises:
+        ConfigError: the tokenizer returns an id that is not in its vocabulary.
+    """
     raw = document.text.encode("utf-8")
     ids = tokenizer.encode(document.text)
+    if len(ids) and not 0 <= int(ids.min()) <= int(ids.max()) < tokenizer.vocab_size:
+        raise ConfigError(f"{KEY}: {tokenizer.identity} makes a token outside its {tokenizer.vocab_size} of the text {document.name}")
     tokens = np.empty(len(ids) + 1, dtype=np.min_scalar_type(tokenizer.vocab_size - 1))
     tokens[0], tokens[1:] = tokenizer.bos_id, ids
     return EncodedDocument(tokens, hashlib.blake2b(raw, digest_size=16).digest(), len(raw))
@@ -58,13 +96,19 @@ def divide(documents: Iterable[EncodedDocument], split_seed: int, val_fraction: 
     train: list[EncodedDocument] = []
     validation: list[EncodedDocument] = []
     for document in documents:
-        validates = keyed_hash("split", split_seed, document.digest) < val_fraction * 2**64
-        (validation if validates else train).append(document)
+        (validation if validates(document, split_seed, val_fraction) else train).append(document)
     return train, validation
 
 
-def concatenate(documents: Iterable[EncodedDocument], seed: int) -> TokenStream:
-    """The stream of some documents (at least one), in an order drawn by `seed`."""
+def validates(document: EncodedDocument, split_seed: int, val_fraction: float) -> bool:
+    """Whether a document is on the side of validation."""
+    return keyed_hash("split", split_seed, document.digest) < val_fraction * 2**64
+
+
+def concatenate(documents: Sequence[EncodedDocument], seed: int) -> TokenStream | None:
+    """The stream of some documents, in an order drawn by `seed`; None of none."""
+    if not documents:
+        return None
     ordered = sorted(documents, key=lambda document: keyed_hash("order", seed, document.digest))
     lengths = np.array([len(document.tokens) for document in ordered], dtype=np.int64)
     tokens = np.concatenate([document.tokens for document in ordered])

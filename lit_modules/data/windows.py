@@ -5,7 +5,7 @@ Legend: B sequences a micro-batch, T tokens a sequence (seq_len), N packed seque
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import lru_cache
 from typing import NamedTuple, final
 
@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from kernels.varlen import check_cu_seqlens
-from lit_modules.data.stream import Int64Array, TokenArray, TokenStream, keyed_hash
+from lit_modules.data.stream import Int64Array, Stream, TokenArray, keyed_hash
 from lit_modules.data.tokenizer import Tokenizer
 
 IGNORED = -100  # the target that no loss counts (torch's default ignore_index)
@@ -47,18 +47,38 @@ def permutation(seed: int, epoch: int, n: int) -> Int64Array:
     return order
 
 
+def look_up(seed: int, epoch: int, n: int, position: int) -> int:
+    """What stands at `position` of a `permutation`."""
+    return int(permutation(seed, epoch, n)[position])
+
+
 @final
 class Windows(Dataset[TokenArray]):
     """The windows of a stream: window k is tokens [k*T, k*T + T + 1), so that neighbours share one token.
 
     Item i is the window of sample i. With a seed, samples run through one permutation of the windows after another
     (epoch e = i // len); without, through the stream. The last tokens that fill no window are in none.
+
+    Args:
+        seq_len: Tokens a window.
+        seed: Draws the permutations.
+        limit: Use the first windows only.
+        drawn: How a permutation is read: `look_up` holds it in memory, `place` computes every element of it.
     """
 
-    def __init__(self, stream: TokenStream, seq_len: int, *, seed: int | None = None, limit: int | None = None) -> None:
+    def __init__(
+        self,
+        stream: Stream,
+        seq_len: int,
+        *,
+        seed: int | None = None,
+        limit: int | None = None,
+        drawn: Callable[[int, int, int, int], int] = look_up,
+    ) -> None:
         self.stream = stream
         self.seq_len = seq_len
         self.seed = seed
+        self.drawn = drawn
         count = (len(stream.tokens) - 1) // seq_len
         self.count = count if limit is None else min(count, limit)
 
@@ -72,7 +92,7 @@ class Windows(Dataset[TokenArray]):
     def window_of(self, sample: int) -> int:
         """The index of the window that sample i holds."""
         epoch, position = divmod(sample, self.count)
-        return position if self.seed is None else int(permutation(self.seed, epoch, self.count)[position])
+        return position if self.seed is None else self.drawn(self.seed, epoch, self.count, position)
 
 
 @final

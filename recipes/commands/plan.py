@@ -10,6 +10,7 @@ import torch
 from jsonargparse import Namespace
 
 from lit_modules.data import PackedText
+from lit_modules.data.shards import what_is_missing
 from lit_modules.data.tokenizer import load_tokenizer
 from lit_modules.decoder_lm import DecoderLM
 from lit_modules.lit_lm import LitLM
@@ -73,7 +74,9 @@ def make_plan(config: Namespace, *, needs_tokenizer: bool) -> Plan:
     _check_monitor(config)
     trainer, model, data = config.trainer, config.model.as_dict(), config.data.as_dict()
     lm = build_model(**model.pop("lm"))
-    notes = _check_vocabulary(lm, data.pop("tokenizer"), needs_tokenizer)
+    tokenizer = data.pop("tokenizer")
+    notes = _check_vocabulary(lm, tokenizer, needs_tokenizer)
+    notes += filter(None, [what_is_missing(data["path"], tokenizer)])
     at_least_one(**{"trainer.accumulate_grad_batches": trainer.accumulate_grad_batches})
     return Plan(
         model=LitLM(lm, **model),

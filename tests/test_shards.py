@@ -1,0 +1,202 @@
+"""Shards on disk: they hold the documents, and whatever is wrong with them is said in one line."""
+
+from __future__ import annotations
+
+import json
+import pickle
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+from data_cases import BOS
+from shard_cases import SETTINGS, expected, joined, prepared, write_jsonl
+
+from lit_modules.data import sources
+from lit_modules.data.shards import INDEX, ShardedTokens, ShardStream, check_shards, check_tokenizer, hash_of, is_prepared, read_index, token_dtype
+from lit_modules.data.tokenizer import ByteTokenizer, Tokenizer
+from mixers.errors import ConfigError
+
+
+@pytest.fixture(scope="module")
+def original(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Shards of several units each."""
+    folder = tmp_path_factory.mktemp("original")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sources, "UNIT_BYTES", 500)
+        prepared(folder / "shards", write_jsonl(folder))
+    return folder / "shards"
+
+
+@pytest.fixture
+def folder(original: Path, tmp_path: Path) -> Path:
+    return shutil.copytree(original, tmp_path / "shards")
+
+
+def test_shards_hold_the_documents(original: Path) -> None:
+    index = read_index(original)
+    assert len(index.splits["train"]) > 3
+    assert all(shard.tokens >= SETTINGS.shard_tokens for shard in index.splits["train"][:-1])
+    for split, documents in expected().items():
+        total = index.total(split)
+        everything = joined(documents)
+        assert (total.documents, total.tokens, total.n_bytes) == (len(documents), len(everything), sum(d.n_bytes for d in documents))
+        tokens = ShardedTokens(index, split)
+        assert len(tokens) == len(everything)
+        assert tokens[:].tolist() == everything
+        for start in range(0, len(everything), 97):
+            for length in (0, 1, 16, 2000):
+                assert tokens[start : start + length].tolist() == everything[start : start + length]
+        starts = [np.fromfile(original / f"{shard.name}.starts", "<u8") for shard in index.splits[split]]
+        assert sum(map(len, starts)) == len(documents)
+    check_shards(index)
+    assert {file.name.partition(".")[2] for file in original.iterdir()} == {"tokens", "starts", "json"}
+
+
+def test_tokens_are_mapped_and_not_read(original: Path) -> None:
+    tokens = ShardedTokens(read_index(original), "train")
+    assert tokens[3:20].dtype == np.uint16
+    assert not tokens[3:20].flags.owndata
+    for span in (slice(3, 20), slice(0, None)):  # in one shard, over all
+        with pytest.raises(ValueError, match="read-only"):
+            tokens[span][0] = 1
+    content = pickle.dumps(tokens)
+    assert len(content) < 5000
+    assert pickle.loads(content)[:].tolist() == tokens[:].tolist()
+
+
+@pytest.mark.parametrize(("vocab_size", "name"), [(256, "|u1"), (257, "<u2"), (2**16, "<u2"), (2**16 + 1, "<u4")])
+def test_smallest_width(vocab_size: int, name: str) -> None:
+    assert token_dtype(vocab_size) == np.dtype(name)
+
+
+def test_a_folder_is_recognised(original: Path, folder: Path, tmp_path: Path) -> None:
+    assert is_prepared(str(original))
+    (folder / INDEX).unlink()
+    assert is_prepared(str(folder))
+    (tmp_path / "text").mkdir()
+    assert not any(map(is_prepared, [None, "", str(tmp_path / "none"), str(tmp_path / "text"), str(original / INDEX)]))
+
+
+def refuse(folder: Path) -> str:
+    """The line that opening or checking a folder ends with."""
+
+    def use() -> None:
+        index = read_index(folder)
+        for split in index.splits:
+            ShardStream(index, split)
+        check_shards(index)
+
+    with pytest.raises(ConfigError) as caught:
+        use()
+    message = str(caught.value)
+    assert message.startswith("data.path: ")
+    assert "\n" not in message
+    return message
+
+
+INDEXES = {
+    "no JSON": (lambda text: text[: len(text) // 2], "shards.json is corrupt (JSONDecodeError"),
+    "not text": (lambda _: "[1]", "shards.json is corrupt"),
+    "another format": (lambda text: text.replace("lightning-mixers shards", "other"), "its format is 'other'"),
+    "of the future": (lambda text: text.replace('"version": 1', '"version": 2'), "is of version 2, this lightning-mixers reads version 1"),
+    "without a key": (lambda text: text.replace('"bos_id"', '"bos"'), "corrupt (KeyError: 'bos_id')"),
+    "unknown sizes": (lambda text: text.replace('"tokens":', '"token":'), "corrupt (TypeError"),
+}
+
+
+@pytest.mark.parametrize("case", INDEXES)
+def test_index_that_is_wrong(case: str, folder: Path) -> None:
+    change, words = INDEXES[case]
+    (folder / INDEX).write_text(change((folder / INDEX).read_text()))
+    assert words in refuse(folder)
+
+
+def test_no_index(folder: Path) -> None:
+    (folder / INDEX).unlink()
+    assert "has no shards.json" in refuse(folder)
+    (folder / ".prepare").mkdir()
+    assert "is not finished: give its `prepare` command again" in refuse(folder)
+    (folder / INDEX).mkdir()
+    assert "shards.json cannot be read: Is a directory" in refuse(folder)
+
+
+@pytest.mark.parametrize("suffix", ["tokens", "starts"])
+def test_files_that_are_missing_or_cut(suffix: str, folder: Path) -> None:
+    file = folder / f"train-00002.{suffix}"
+    content = file.read_bytes()
+    file.write_bytes(content[:-1])
+    assert f"train-00002.{suffix} has {len(content) - 1:,} bytes, its index says {len(content):,}: it is truncated" in refuse(folder)
+    file.unlink()
+    assert f"train-00002.{suffix} cannot be read: No such file" in refuse(folder)
+
+
+def test_more_shards_than_a_process_may_open(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*_: object) -> None:
+        raise OSError(24, "Too many open files")
+
+    monkeypatch.setattr(np, "memmap", fail)
+    assert "train-00000.tokens cannot be mapped into memory: Too many open files" in refuse(folder)
+
+
+@pytest.mark.parametrize("suffix", ["tokens", "starts"])
+def test_one_wrong_bit(suffix: str, folder: Path) -> None:
+    file = folder / f"train-00001.{suffix}"
+    content = bytearray(file.read_bytes())
+    content[64] ^= 1
+    file.write_bytes(content)
+    message = refuse(folder)
+    assert f"train-00001.{suffix}" in message
+    assert "prepare it again" in message
+
+
+def write_tokens(folder: Path, change: dict[int, int]) -> None:
+    """Changes tokens of a shard, and its checksum, as a faulty writer would."""
+    file = folder / "train-00001.tokens"
+    before = hash_of(file.read_bytes())
+    tokens = np.fromfile(file, "<u2")
+    for place, token in change.items():
+        tokens[place] = token
+    tokens.tofile(file)
+    index = folder / INDEX
+    index.write_text(index.read_text().replace(before, hash_of(file.read_bytes())))
+
+
+def test_token_out_of_range(folder: Path) -> None:
+    write_tokens(folder, {10: 257})
+    assert "train-00001.tokens has the token 257, but its vocabulary has 257 tokens" in refuse(folder)
+    index = read_index(folder)
+    tokens = ShardedTokens(index, "train")
+    first = index.splits["train"][0].tokens
+    assert len(tokens[first : first + 10]) == 10
+    with pytest.raises(ConfigError, match=r"train-00001\.tokens has the token 257"):
+        tokens[first + 5 : first + 11]
+
+
+def test_separators_that_are_no_documents(folder: Path) -> None:
+    write_tokens(folder, {1: BOS})
+    assert "train-00001.tokens has a separator where train-00001.starts has no document" in refuse(folder)
+
+
+def test_documents_without_separators(folder: Path) -> None:
+    starts = np.fromfile(folder / "train-00001.starts", "<u8")
+    write_tokens(folder, {int(starts[-1]): 65})
+    assert f"train-00001.tokens has {len(starts) - 1} documents, its index says {len(starts)}" in refuse(folder)
+
+
+def test_another_tokenizer(original: Path) -> None:
+    class Other(ByteTokenizer):  # type: ignore[misc]
+        def __init__(self) -> None:
+            Tokenizer.__init__(self, [b"a"], None, "other:1")
+
+    index = read_index(original)
+    check_tokenizer(index, ByteTokenizer())
+    with pytest.raises(ConfigError, match=r"data\.tokenizer: is other:1, but .*shards was prepared with bytes"):
+        check_tokenizer(index, Other())
+
+
+def test_index_is_complete(original: Path) -> None:
+    content = json.loads((original / INDEX).read_text())
+    assert (content["tokenizer"], content["vocab_size"], content["bos_id"], content["dtype"]) == ("bytes", 257, BOS, "<u2")
+    assert content["origin"].items() >= SETTINGS._asdict().items()
+    assert read_index(original).identity != hash_of(b"")
