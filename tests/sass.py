@@ -55,6 +55,16 @@ def faults(ptx: str, cubin: bytes, num_warps: int) -> list[str]:
     return list(dict.fromkeys(wrong))
 
 
+def lost_operands(ptx: str, cubin: bytes, num_warps: int) -> list[str]:
+    """For kernels with a ring of buffers, where the order of the text is not that of the work and some descriptors hang on a loop's index: those that
+    the PTX knows and no product of the machine code reads, and reads of what was never written."""
+    machine = Machine(32 * (num_warps - 1))
+    read = {one for _, descriptors in machine.products(machine_code(cubin)) for one in descriptors}
+    asked = {one for _, descriptors in Ptx(32 * (num_warps - 1)).products(ptx_code(ptx)) for one in descriptors if one is not None}
+    assert asked, "nothing is known of this kernel's operands"
+    return [f"{line}: reads what was never written" for line in machine.never_written] + [f"nothing reads {one:#x}" for one in sorted(asked - read)]
+
+
 def machine_code(cubin: bytes) -> list[Line]:
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(cubin)

@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from kernels.autograd import differentiable
 from kernels.delta.reference import CHUNK
 from kernels.varlen import most_chunks
 
@@ -33,12 +34,8 @@ def delta_rule(
         g, b = (x if x is None or x.shape[-1] == 1 < k_dim else F.pad(x, (0, k_more)) for x in (g, b))
         w = w if w is None or w.shape[-1] == 1 < v_dim else F.pad(w, (0, v_more))
         state = None if state is None else F.pad(state, (0, v_more, 0, k_more))
-    differentiable = torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in (q, k, v, g, b, w, state))
-    inputs = (q, k, v, g, b, w, scale, state, cu_seqlens, differentiable)
-    if differentiable and not torch.compiler.is_compiling():
-        o, final = _DeltaRule.apply(*inputs)  # type: ignore[no-untyped-call]
-    else:
-        o, final, *_ = torch.ops.lightning_mixers.delta_rule(*inputs)
+    save = torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in (q, k, v, g, b, w, state))
+    o, final, *_ = _run(q, k, v, g, b, w, scale, state, cu_seqlens, save)
     return (o[..., :v_dim], final[..., :k_dim, :v_dim]) if k_more or v_more else (o, final)
 
 
@@ -127,19 +124,4 @@ def _gradients(ctx: Any, gradients: list[Tensor | None]) -> tuple[Tensor | None,
     return dq, dk, dv, dg, db, dw, None, dstate if ctx.has_state else None, None, None
 
 
-_forward.register_autograd(_gradients, setup_context=_setup_context)
-
-
-class _DeltaRule(torch.autograd.Function):
-    """What `register_autograd` makes of the above, for eager calls: that walks the schema, and trees of all arguments and results, at every call,
-    which takes the host as long as three launches. Tracing goes by the registration."""
-
-    @staticmethod
-    def forward(ctx: Any, *inputs: Any) -> tuple[Tensor, Tensor]:
-        output = _forward(*inputs)
-        _setup_context(ctx, inputs, output)
-        return output[0], output[1]
-
-    @staticmethod
-    def backward(ctx: Any, *gradients: Tensor | None) -> tuple[Tensor | None, ...]:
-        return _gradients(ctx, list(gradients))
+_run = differentiable(_forward, _setup_context, _gradients, outputs=2)

@@ -36,7 +36,8 @@ def gated_rms_norm(x: Tensor, gate: Tensor, weight: Tensor, eps: float, *, backe
     with torch.autocast(x.device.type, enabled=False):
         if chosen == "reference":
             return reference.gated_rms_norm(x, gate, weight, eps)
-        return op.run(x, gate, weight, float(eps))
+        y: Tensor = op.run(x, gate, weight, float(eps))
+    return y
 
 
 def _refusal(x: Tensor, gate: Tensor, weight: Tensor) -> str | None:

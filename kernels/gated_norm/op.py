@@ -10,6 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from kernels.autograd import differentiable
+
 
 @torch.library.custom_op("lightning_mixers::gated_rms_norm", mutates_args=())
 def gated_rms_norm(x: Tensor, gate: Tensor, weight: Tensor, eps: float) -> Tensor:
@@ -48,25 +50,4 @@ def _backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
     return (*gated_rms_norm_backward(dy, *ctx.saved_tensors, ctx.eps), None)
 
 
-gated_rms_norm.register_autograd(_backward, setup_context=_setup)
-
-
-class _GatedRMSNorm(torch.autograd.Function):
-    """What `register_autograd` makes of the above, in half of its host time; tracing goes by the registration."""
-
-    @staticmethod
-    def forward(ctx: Any, *inputs: Any) -> Tensor:
-        _setup(ctx, inputs, None)
-        y: Tensor = gated_rms_norm(*inputs)
-        return y
-
-    @staticmethod
-    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
-        return _backward(ctx, dy)
-
-
-def run(x: Tensor, gate: Tensor, weight: Tensor, eps: float) -> Tensor:
-    """`gated_rms_norm`, differentiable."""
-    traced = torch.compiler.is_compiling() or not torch.is_grad_enabled()
-    y: Tensor = (gated_rms_norm if traced else _GatedRMSNorm.apply)(x, gate, weight, eps)  # type: ignore[no-untyped-call]
-    return y
+run = differentiable(gated_rms_norm, _setup, _backward)

@@ -11,6 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from kernels.autograd import differentiable
+
 
 @torch.library.custom_op("lightning_mixers::delta_gates", mutates_args=())
 def delta_gates(f: Tensor, a: Tensor, delta: Tensor, b: Tensor, w: Tensor, b_scale: float) -> tuple[Tensor, Tensor, Tensor]:
@@ -66,25 +68,4 @@ def _backward(ctx: Any, dg: Tensor, db: Tensor, dw: Tensor) -> tuple[Tensor | No
     return (*delta_gates_backward(dg, db, dw, *ctx.saved_tensors, ctx.b_scale, ctx.dtype), None)
 
 
-delta_gates.register_autograd(_backward, setup_context=_setup)
-
-
-class _DeltaGates(torch.autograd.Function):
-    """What `register_autograd` makes of the above, in half of its host time; tracing goes by the registration."""
-
-    @staticmethod
-    def forward(ctx: Any, *inputs: Any) -> tuple[Tensor, Tensor, Tensor]:
-        output: tuple[Tensor, Tensor, Tensor] = delta_gates(*inputs)
-        _setup(ctx, inputs, output)
-        return output
-
-    @staticmethod
-    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
-        return _backward(ctx, *gradients)
-
-
-def run(f: Tensor, a: Tensor, delta: Tensor, b: Tensor, w: Tensor, b_scale: float) -> tuple[Tensor, Tensor, Tensor]:
-    """`delta_gates`, differentiable."""
-    traced = torch.compiler.is_compiling() or not torch.is_grad_enabled()
-    outputs: tuple[Tensor, Tensor, Tensor] = (delta_gates if traced else _DeltaGates.apply)(f, a, delta, b, w, b_scale)  # type: ignore[no-untyped-call]
-    return outputs
+run = differentiable(delta_gates, _setup, _backward)

@@ -1,0 +1,39 @@
+"""Derivatives of custom ops, for tracing and for eager calls."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+
+def differentiable(op: Any, setup_context: Callable[..., None], backward: Callable[..., Any], outputs: int | None = None) -> Callable[..., Any]:
+    """Registers the derivative of a custom op and returns the function to call it by.
+
+    Eager calls go through an `autograd.Function` of the same two functions: what `register_autograd` builds walks the schema, and trees of all
+    arguments and results, at every call, which takes the host as long as several launches. Tracing goes by the registration.
+
+    Args:
+        op: from `torch.library.custom_op`.
+        setup_context, backward: as `op.register_autograd` takes them.
+        outputs: how many of the tensors of an op that returns a list are results; the rest is only kept for `backward`. None: it returns no list.
+    """
+    op.register_autograd(backward, setup_context=setup_context)
+
+    class Eager(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx: Any, *inputs: Any) -> Any:
+            output = op(*inputs)
+            setup_context(ctx, inputs, output)
+            return output if outputs is None else tuple(output[:outputs])
+
+        @staticmethod
+        def backward(ctx: Any, *gradients: Any) -> Any:
+            return backward(ctx, *gradients) if outputs is None else backward(ctx, list(gradients))
+
+    def run(*inputs: Any) -> Any:
+        traced = torch.compiler.is_compiling() or not torch.is_grad_enabled()
+        return op(*inputs) if traced else Eager.apply(*inputs)  # type: ignore[no-untyped-call]
+
+    return run
