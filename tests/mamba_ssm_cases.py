@@ -24,6 +24,20 @@ WHY_NOT = mamba_ssm.missing()
 needs_package = pytest.mark.skipif(WHY_NOT is not None, reason=f"{WHY_NOT}; or MAMBA_SSM_FOLDER=<a folder with both>")
 
 
+def take_one_configuration() -> None:
+    """Leaves one configuration to every autotuned kernel of the package: compiling all of them takes minutes, and what they compute is the same."""
+    for name, module in list(sys.modules.items()):
+        if name.startswith("mamba_ssm.ops.triton"):
+            for kernel in vars(module).values():
+                if hasattr(kernel, "configs") and hasattr(kernel, "prune_configs"):
+                    kernel.configs = [min(kernel.configs, key=_effort)]
+
+
+def _effort(config: Any) -> tuple[bool, int, int, int]:
+    """Small for a configuration that runs everywhere: no limit on registers, small blocks, four warps, few stages."""
+    return config.maxnreg is not None, math.prod(config.kwargs.values()), abs(config.num_warps - 4), config.num_stages
+
+
 def scan(
     x: Tensor,
     dt: Tensor,

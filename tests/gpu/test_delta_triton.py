@@ -199,11 +199,13 @@ def test_one_token_a_sequence_in_slices_of_a_wide_tensor() -> None:
 def test_gradients_of_one_output_alone(only: int) -> None:
     """The other output has no gradient: it counts as zero."""
     leaves = make(case_of("gdn2", 16, 16, tokens=5)).rounded(torch.float32, DEVICE).leaves
-    leaves = {name: x.detach().requires_grad_() for name, x in leaves.items()}
-    functions = (partial(delta_rule, backend="triton"), recurrent)
-    both = [torch.autograd.grad(f(**leaves)[only].sin().sum(), list(leaves.values()), allow_unused=True) for f in functions]
-    for name, got, wanted in zip(leaves, *both, strict=True):
-        torch.testing.assert_close(got, torch.zeros_like(leaves[name]) if wanted is None else wanted, rtol=0, atol=1e-5)
+    both = []
+    for function, dtype in ((partial(delta_rule, backend="triton"), torch.float32), (recurrent, torch.float64)):
+        cast = {name: x.detach().to(dtype).requires_grad_() for name, x in leaves.items()}
+        gradients = torch.autograd.grad(function(**cast)[only].sin().sum(), list(cast.values()), allow_unused=True)
+        both.append([torch.zeros_like(x) if d is None else d for x, d in zip(cast.values(), gradients, strict=True)])
+    for got, wanted in zip(*both, strict=True):
+        torch.testing.assert_close(got.double(), wanted, rtol=0, atol=1e-5)
 
 
 def test_a_gate_that_is_not_a_number_shows() -> None:

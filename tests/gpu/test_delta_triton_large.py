@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterator
 from typing import Any
 
@@ -17,6 +18,7 @@ from kernels import delta_rule
 from kernels.delta import reference
 
 pytestmark = pytest.mark.gpu
+DRAWS = 4
 poisoned = pytest.mark.usefixtures("poison")
 
 
@@ -163,20 +165,24 @@ def test_does_not_wait_for_the_device(layout: str) -> None:
 
 @pytest.mark.parametrize("decay", ["slow", "mild", "mixed"])
 def test_errors_beside_flash_linear_attention(decay: str) -> None:
-    """Against float64 from the same rounded inputs (q and k normalised before they are rounded), tensor by tensor: at most 1.1 times theirs."""
+    """Against float64 from the same rounded inputs (q and k normalised before they are rounded), tensor by tensor: at most 1.1 times theirs, over
+    several draws, for the largest of all errors is one number of many."""
     gdn2 = pytest.importorskip("fla.ops.gdn2")
     case = case_of("gdn2", 128, 128, heads=4, batch=2, tokens=2048, decay=decay)
-    inputs = make(case)
-    inputs.leaves["q"] = F.normalize(inputs.leaves["q"], dim=-1)
-    inputs = inputs.rounded(torch.bfloat16, DEVICE)
 
     def theirs(q: Tensor, k: Tensor, v: Tensor, g: Tensor, b: Tensor, w: Tensor, state: Tensor, scale: Any) -> tuple[Tensor, Tensor]:
         o, final = gdn2.chunk_gdn2(q, k, v, g, b, w, scale=scale, initial_state=state, output_final_state=True)
         return o, final
 
-    wanted = expected(inputs)
-    ours, peer = errors(run(kernel, inputs), wanted), errors(run(theirs, inputs), wanted)
+    ours, peer = Counter[str](), Counter[str]()
+    for seed in range(DRAWS):
+        inputs = make(case, seed)
+        inputs.leaves["q"] = F.normalize(inputs.leaves["q"], dim=-1)
+        inputs = inputs.rounded(torch.bfloat16, DEVICE)
+        wanted = expected(inputs)
+        ours.update(errors(run(kernel, inputs), wanted))
+        peer.update(errors(run(theirs, inputs), wanted))
     if decay != "mixed":  # decays of -1000 are not what it is made for
-        assert max(peer.values()) < 0.1, f"not the same function: {peer}"
-    larger = {name: (error, peer[name]) for name, error in ours.items() if not error <= 1.1 * peer[name]}
+        assert max(peer.values()) < 0.1 * DRAWS, f"not the same function: {peer}"
+    larger = {name: (error / DRAWS, peer[name] / DRAWS) for name, error in ours.items() if not error <= 1.1 * peer[name]}
     assert not larger, f"(ours, theirs): {larger}"

@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 import pytest
 import torch
 from gpu_cases import DEVICE
-from mamba_ssm_cases import needs_package
+from mamba_ssm_cases import needs_package, take_one_configuration
 from torch import Tensor
 
 from mixers import mamba2, mamba3, mamba_ssm, registry
@@ -63,6 +63,7 @@ def _no_tf32() -> Iterator[None]:
 def layer_of_the_package(layer: Layer) -> Any:
     """Float32 weights, those that begin as constants moved away from them."""
     cls = mamba_ssm.kernel(f"modules.{layer.mixer}", layer.mixer.capitalize())
+    take_one_configuration()
     options = {"use_mem_eff_path": False} if layer.mixer == "mamba2" else {}  # the other path needs the package causal-conv1d
     torch.manual_seed(0)
     try:
