@@ -14,7 +14,8 @@ from torch import Tensor, nn
 from kernels import delta_rule, delta_rule_step
 from mixers.base import SequenceMixer, at_least_one, linear_flops, multiple_of
 from mixers.errors import ConfigError
-from mixers.layers import MIXER_GAIN, GatedRMSNorm, Linear, ShortConv, side_by_side, to_autocast, xavier
+from mixers.fan_out import fan_out
+from mixers.layers import MIXER_GAIN, GatedRMSNorm, Linear, ShortConv, xavier
 from mixers.state import DeltaState, zero_state
 
 
@@ -35,7 +36,7 @@ class DeltaMixer(SequenceMixer[DeltaState]):
     """q, k: linear -> short convolution -> SiLU -> L2 norm per head; v: linear -> short convolution -> SiLU; the delta rule with the gates of a
     subclass; RMSNorm per head times SiLU(low-rank gate); output projection. (Gated DeltaNet-2, arXiv 2605.22791, 3.5 and appendix C.1.)
 
-    A subclass says what its gates are: `make_gates` builds their modules, `gates` computes them.
+    A subclass says what its gates are: `make_gates` builds their modules, `gate_layers` names those that read x, `gates_of` takes their outputs.
 
     Args:
         d_model: width of the input and the output.
@@ -86,29 +87,35 @@ class DeltaMixer(SequenceMixer[DeltaState]):
 
     @abstractmethod
     def make_gates(self) -> None:
-        """Adds the modules that `gates` reads; the sizes are set."""
+        """Adds the modules of the gates; the sizes are set."""
 
     @abstractmethod
+    def gate_layers(self) -> list[nn.Module]:
+        """The linear layers of the gates that read the input."""
+
+    @abstractmethod
+    def gates_of(self, *outputs: Tensor) -> Gates:
+        """The gates from the outputs of `gate_layers`."""
+
     def gates(self, x: Tensor) -> Gates:
         """The gates for inputs x [.., d_model]."""
+        return self.gates_of(*(layer(x) for layer in self.gate_layers()))
 
     def forward(self, x_BTD: Tensor, state: DeltaState | None = None, *, cu_seqlens: Tensor | None = None) -> tuple[Tensor, DeltaState | None]:
         self.check_input(x_BTD, state, cu_seqlens)
-        x_BTD = to_autocast(x_BTD)
-        parts, conv = self.conv(self._project(x_BTD), None if state is None else state.conv, cu_seqlens, self._widths)
+        mixed, hidden, *gates = self._read(x_BTD)
+        parts, conv = self.conv(mixed, None if state is None else state.conv, cu_seqlens, self._widths)
         q, k, v = self._heads(*parts)
-        # narrow, and made here so that its gradient is widened to d_model behind the delta rule's, where the layer needs the most memory
-        hidden = self.gate_proj[0](x_BTD)
-        o, S = delta_rule(q, k, v, *self.gates(x_BTD), state=None if state is None else state.S, cu_seqlens=cu_seqlens)
+        o, S = delta_rule(q, k, v, *self.gates_of(*gates), state=None if state is None else state.S, cu_seqlens=cu_seqlens)
         return self._output(o, hidden), None if state is None else DeltaState(S, conv)
 
     def step(self, x_BD: Tensor, state: DeltaState) -> tuple[Tensor, DeltaState]:
         self.check_state(state, x_BD.shape[0])
-        x_BD = to_autocast(x_BD)
-        mixed, conv = self.conv.step(self._project(x_BD), state.conv)
+        mixed, hidden, *gates = self._read(x_BD)
+        mixed, conv = self.conv.step(mixed, state.conv)
         q, k, v = self._heads(*mixed.split(self._widths, -1))
-        o, S = delta_rule_step(q, k, v, *self.gates(x_BD), state=state.S)
-        return self._output(o, self.gate_proj[0](x_BD)), DeltaState(S, conv)
+        o, S = delta_rule_step(q, k, v, *self.gates_of(*gates), state=state.S)
+        return self._output(o, hidden), DeltaState(S, conv)
 
     def init_state(
         self,
@@ -130,8 +137,9 @@ class DeltaMixer(SequenceMixer[DeltaState]):
         rule = delta_rule_flops(tokens, self.num_v_heads, self.head_dim, self.v_head_dim, erase=True)
         return linear_flops(self, tokens) + 2 * tokens * self.conv.weight.numel() + rule
 
-    def _project(self, x: Tensor) -> Tensor:
-        return side_by_side(x, self.q_proj, self.k_proj, self.v_proj)
+    def _read(self, x: Tensor) -> list[Tensor]:
+        """What the layers make of the input x [.., d_model]: q, k and v side by side, the hidden layer of the output gate, what `gates_of` takes."""
+        return fan_out(x, (self.q_proj, self.k_proj, self.v_proj), self.gate_proj[0], *self.gate_layers())
 
     @property
     def _widths(self) -> list[int]:

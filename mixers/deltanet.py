@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import final
 
-from torch import Tensor
+from torch import Tensor, nn
 
 from mixers.delta import DeltaMixer, Gates
 
@@ -16,6 +16,9 @@ class DeltaNet(DeltaMixer):
     def make_gates(self) -> None:
         self.beta_proj = self.linear(self.d_model, self.num_v_heads)
 
-    def gates(self, x: Tensor) -> Gates:
-        beta = self.beta_proj(x).sigmoid().unsqueeze(-1)
+    def gate_layers(self) -> list[nn.Module]:
+        return [self.beta_proj]
+
+    def gates_of(self, *outputs: Tensor) -> Gates:
+        beta = outputs[0].sigmoid().unsqueeze(-1)
         return Gates(None, beta, beta)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import final
 
-from torch import Tensor
+from torch import Tensor, nn
 
 from mixers.delta import DeltaMixer, Gates
 from mixers.layers import DeltaGates
@@ -19,6 +19,9 @@ class GatedDeltaNet(DeltaMixer):
         self.f_proj = self.linear(self.d_model, self.num_v_heads)
         self.decay = DeltaGates(self.num_v_heads, 1)
 
-    def gates(self, x: Tensor) -> Gates:
-        g, beta, _ = self.decay(self.f_proj(x), self.beta_proj(x))
+    def gate_layers(self) -> list[nn.Module]:
+        return [self.f_proj, self.beta_proj]
+
+    def gates_of(self, *outputs: Tensor) -> Gates:
+        g, beta, _ = self.decay(*outputs)
         return Gates(g, beta.unsqueeze(-1), beta.unsqueeze(-1))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Literal, final
 
-from torch import Tensor
+from torch import Tensor, nn
 
 from mixers.delta import DeltaMixer, Gates
 from mixers.layers import DeltaGates
@@ -49,9 +49,12 @@ class GatedDeltaNet2(DeltaMixer):
         self.f_proj = self.low_rank(self.d_model, self.k_width)
         self.decay = DeltaGates(self.num_heads, self.head_dim)
 
-    def gates(self, x: Tensor) -> Gates:
-        b_scale = 2.0 if self.allow_neg_eigval else 1.0
-        g, b, w = self.decay(self.f_proj(x), self.b_proj(x), self.w_proj(x), b_scale=b_scale)
+    def gate_layers(self) -> list[nn.Module]:
+        return [self.f_proj[0], self.b_proj, self.w_proj]
+
+    def gates_of(self, *outputs: Tensor) -> Gates:
+        hidden, b, w = outputs
+        g, b, w = self.decay(self.f_proj[1](hidden), b, w, b_scale=2.0 if self.allow_neg_eigval else 1.0)
         b, w = b.unflatten(-1, (self.num_heads, -1)), w.unflatten(-1, (self.num_v_heads, -1))
         if self.erase == "scalar":
             b = b.mean(-1, keepdim=True)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import final
 
-from torch import Tensor
+from torch import Tensor, nn
 
 from mixers.delta import DeltaMixer, Gates
 from mixers.layers import DeltaGates
@@ -22,6 +22,10 @@ class KimiDeltaAttention(DeltaMixer):
         self.f_proj = self.low_rank(self.d_model, self.k_width)
         self.decay = DeltaGates(self.num_heads, self.head_dim)
 
-    def gates(self, x: Tensor) -> Gates:
-        g, beta, _ = self.decay(self.f_proj(x), self.beta_proj(x))
+    def gate_layers(self) -> list[nn.Module]:
+        return [self.f_proj[0], self.beta_proj]
+
+    def gates_of(self, *outputs: Tensor) -> Gates:
+        hidden, beta = outputs
+        g, beta, _ = self.decay(self.f_proj[1](hidden), beta)
         return Gates(g, beta.unsqueeze(-1), beta.unsqueeze(-1))

@@ -7,9 +7,7 @@ from collections.abc import Callable, Sequence
 from typing import final
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
 
 from kernels import causal_conv1d_step, delta_gates, gated_rms_norm
 from kernels.conv1d.api import causal_conv1d_parts
@@ -57,28 +55,15 @@ def to_autocast(x: Tensor) -> Tensor:
     return x.to(torch.get_autocast_dtype(kind)) if torch.is_autocast_enabled(kind) and x.dtype == torch.float32 else x
 
 
-def side_by_side(x: Tensor, *layers: nn.Module) -> Tensor:
-    """The outputs of linear layers without bias on x [.., d_model], side by side [.., their widths].
-
-    One product with the weights side by side where that moves fewer bytes than joining the outputs, with more tokens than `d_model`. A layer that
-    is not just a weight (replaced, hooked, split over devices) is called.
-    """
-    if x.shape[:-1].numel() <= x.shape[-1] or not all(map(_is_just_a_weight, layers)):
-        return torch.cat([layer(x) for layer in layers], -1)
-    x = to_autocast(x)
-    return F.linear(x, torch.cat([to_autocast(layer.weight) for layer in layers]))  # type: ignore[arg-type]
-
-
-def _is_just_a_weight(layer: nn.Module) -> bool:
-    hooks = (layer._forward_pre_hooks, layer._forward_hooks, layer._backward_pre_hooks, layer._backward_hooks)
-    return type(layer) is Linear and layer.bias is None and not isinstance(layer.weight, DTensor) and not any(hooks)
-
-
 class FP32Module(nn.Module):
     """Its parameters are stored in at least float32: `.bfloat16()`, `.half()` and `.to(dtype)` leave their values alone, `.double()` widens them.
 
     They are to be read in this module's own `forward`, so that a sharded model gathers them there.
     """
+
+    def initial_ranges(self) -> dict[str, tuple[float, float]]:
+        """Between which bounds its parameters start, by name, where a start outside them would be a mistake; a run's audit looks."""
+        return {}
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> FP32Module:
         def keep(t: Tensor) -> Tensor:
@@ -94,6 +79,11 @@ class FP32Module(nn.Module):
 def fp32_parameter(*shape: int) -> nn.Parameter:
     """An unset parameter in at least float32, whatever the default dtype (bf16-true builds modules under a bfloat16 default)."""
     return nn.Parameter(torch.empty(shape, dtype=torch.promote_types(torch.get_default_dtype(), torch.float32)))
+
+
+def inverse_softplus(y: float) -> float:
+    """The x with softplus(x) = y > 0."""
+    return y + math.log(-math.expm1(-y))
 
 
 class DecayModule(FP32Module):
@@ -117,6 +107,9 @@ class DecayModule(FP32Module):
             self.a.uniform_(1, 16).log_()
             dt = self.delta.uniform_(math.log(0.001), math.log(0.1)).exp_().clamp_min_(1e-4)
             self.delta.copy_(dt + torch.log(-torch.expm1(-dt)))  # the inverse of softplus
+
+    def initial_ranges(self) -> dict[str, tuple[float, float]]:
+        return {"a": (0.0, math.log(16)), "delta": (inverse_softplus(1e-4), inverse_softplus(0.1))}
 
 
 @final

@@ -9,13 +9,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from mixers import registry
+from mixers import fan_out, registry
 from mixers.attention import Attention
 from mixers.contract import error
 from mixers.delta import DeltaMixer
 from mixers.gdn2 import GatedDeltaNet2
 from mixers.init import initialize
-from mixers.layers import DecayGate, Linear, rotate, side_by_side
+from mixers.layers import DecayGate, Linear, rotate
 from mixers.testing import *  # noqa: F403
 from mixers.testing import pytest_generate_tests  # noqa: F401
 
@@ -243,23 +243,42 @@ def test_initialize_refuses_what_it_cannot_set() -> None:
 # --- products that are taken together ---
 
 
-def test_projections_side_by_side_are_the_projections_one_by_one() -> None:
-    """With few tokens and with many; and where a layer is more than its weight, it is called."""
-    layers = [Linear(6, width, init=lambda weight: weight.normal_()).double() for width in (4, 4, 3)]
-    for tokens in (6, 7):
-        x = torch.randn(1, tokens, 6, dtype=torch.float64, requires_grad=True)
-        leaves = [x, *(layer.weight for layer in layers)]
-        together, apart = side_by_side(x, *layers), torch.cat([layer(x) for layer in layers], -1)
-        found, expected = (torch.autograd.grad(y.square().sum(), leaves) for y in (together, apart))
-        for got, exact in zip((together, *found), (apart, *expected), strict=True):
-            assert error(got.detach(), exact.detach()) < 1e-14
+def readers(*widths: int) -> list[Linear]:
+    return [Linear(6, width, init=lambda weight: weight.normal_()).double() for width in widths]
+
+
+@pytest.mark.parametrize("narrow", [0, 4, 512])
+@pytest.mark.parametrize("tokens", [6, 7])
+def test_layers_that_read_one_input_are_the_layers_one_by_one(monkeypatch: pytest.MonkeyPatch, tokens: int, narrow: int) -> None:
+    """With few tokens and with many, in products of their own or shared ones; also where only some outputs or leaves have gradients."""
+    monkeypatch.setattr(fan_out, "NARROW", narrow)
+    a, b, c, d, e = layers = readers(4, 4, 3, 5, 2)
+    x = torch.randn(1, tokens, 6, dtype=torch.float64, requires_grad=True)
+    leaves = [x, *(layer.weight for layer in layers)]
+    together = fan_out.fan_out(x, (a, b), c, d, e)
+    apart = [torch.cat([a(x), b(x)], -1), c(x), d(x), e(x)]
+    for used in ([0, 1, 2, 3], [1], [0, 2], [3, 2]):
+        wanted = leaves if len(used) == 4 else leaves[::-1][-3:]
+        found, expected = (
+            torch.autograd.grad(sum(y[i].square().sum() for i in used), wanted, materialize_grads=True, retain_graph=True) for y in (together, apart)
+        )
+        for got, exact in zip((*together, *found), (*apart, *expected), strict=True):
+            assert (got - exact).abs().max() < 1e-13
+    assert fan_out.fan_out(x.detach(), a, d)[1].grad_fn is not None  # weights alone have gradients
+    (frozen,) = fan_out.fan_out(x, e.requires_grad_(False))
+    assert error(torch.autograd.grad(frozen.sum(), x)[0], e.weight.sum(0).expand(1, tokens, 6)) < 1e-14
+
+
+def test_a_layer_that_is_more_than_its_weight_is_called() -> None:
+    a, b, c = readers(4, 4, 3)
+    x = torch.randn(1, 7, 6, dtype=torch.float64)
     calls: list[int] = []
-    handle = layers[1].register_forward_hook(lambda *_: calls.append(1))
-    assert error(side_by_side(x, *layers).detach(), apart.detach()) < 1e-14
-    assert calls == [1]
+    handle = b.register_forward_hook(lambda *_: calls.append(1))
+    assert error(fan_out.fan_out(x, (a, b), c)[0].detach(), torch.cat([a(x), b(x)], -1).detach()) < 1e-14
+    assert calls == [1, 1]
     handle.remove()
-    wrapped = torch.nn.Sequential(layers[2], torch.nn.ReLU())
-    assert torch.equal(side_by_side(x, *layers[:2], wrapped)[..., 8:], layers[2](x).relu())
+    wrapped = torch.nn.Sequential(c, torch.nn.ReLU())
+    assert torch.equal(fan_out.fan_out(x, (a, b), wrapped)[1], c(x).relu())
 
 
 @pytest.mark.parametrize("name", ["gdn2", "kda"])

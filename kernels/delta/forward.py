@@ -12,7 +12,7 @@ from torch import Tensor
 
 from kernels import tiles
 from kernels.delta.reference import CHUNK
-from kernels.delta.tiles import FEW_PROGRAMS, TILES
+from kernels.delta.tiles import AT_ONCE, FEW_PROGRAMS, MOST_COLUMNS, TILES
 from kernels.tiles import Tile
 from kernels.varlen import device_chunks, most_chunks
 
@@ -50,15 +50,20 @@ class Problem(NamedTuple):
 
     def serial_options(self, kernel: str) -> tuple[int, bool, dict[str, int]]:
         """A pass over chunks, one program a sequence, head and block of value columns: how many, whether it is of `_gluon`, its options."""
-        columns = self.sequences * self.v_heads * self.sizes[1]
-        options = self.options(kernel)
-        # one tile for any number of documents: a new one compiles nothing
-        narrow = self.settings["PACKED"] or columns // options["BV"] < FEW_PROGRAMS
-        hopper = narrow and self.hopper and self.sizes[0] in (64, 128)
-        if narrow:
-            options = self.options(kernel + ("_hopper" if hopper else "_narrow"))
+        k_dim, v_dim = self.sizes
+        columns = self.sequences * self.v_heads * v_dim
+        packed = self.settings["PACKED"]  # one tile for any number of documents: a new one compiles nothing
+        hopper = self.hopper and k_dim in (64, 128)
         if hopper:
+            options = self.options(kernel + "_hopper")
             options["STAGES"] = options["num_stages"]
+            if not packed:
+                options["BV"] = max(options["BV"], 1 << (-(-columns // AT_ONCE) - 1).bit_length())
+            hopper = options["BV"] <= MOST_COLUMNS and v_dim % options["BV"] == 0
+        if not hopper:
+            options = self.options(kernel)
+            if packed or columns // options["BV"] < FEW_PROGRAMS:
+                options = self.options(kernel + "_narrow")
         return columns // options["BV"], hopper, options
 
     def new_sums(self) -> tuple[Tensor, Tensor]:
@@ -152,7 +157,7 @@ def launch(q: Tensor, k: Tensor, v: Tensor, g: Tensor | None, b: Tensor | None, 
     """The forward pass; without `save` the states before the chunks are not kept."""
     problem = make_problem(q, k, v, g, b, w, cu_seqlens)
     chunks = intra(problem, scale)
-    return inter(problem, chunks, state, (*v.shape,), save)
+    return inter(problem, chunks, scale, state, (*v.shape,), save)
 
 
 def intra(problem: Problem, scale: float) -> dict[str, Tensor]:
@@ -201,7 +206,7 @@ def tree_scores(problem: Problem, P: Tensor, sums: tuple[Tensor, Tensor], scale:
     return T
 
 
-def inter(problem: Problem, chunks: dict[str, Tensor], state: Tensor | None, shape: tuple[int, ...], save: bool) -> Forward:
+def inter(problem: Problem, chunks: dict[str, Tensor], scale: float, state: Tensor | None, shape: tuple[int, ...], save: bool) -> Forward:
     """(2.3) to (2.5): the serial pass. U's memory holds R afterwards if `save`."""
     v, (k_dim, v_dim) = problem.inputs["v"], problem.sizes
     o = v.new_empty(shape)
@@ -218,6 +223,6 @@ def inter(problem: Problem, chunks: dict[str, Tensor], state: Tensor | None, sha
     c = chunks
     state_kernel[(programs,)](
         c["Y"], c["U"], c["P"], c["Qg"], c["Ktail"], c["gamma"], final if state is None else state.contiguous(), *problem.chunks, o, states, final,
-        **problem.lengths, S_O=problem.v_heads * v_dim, INITIAL=state is not None, SAVE=save, **problem.only(*names), **options,
+        scale, **problem.lengths, S_O=problem.v_heads * v_dim, INITIAL=state is not None, SAVE=save, **problem.only(*names), **options,
     )  # fmt: skip
     return Forward(o, final, c["A"], c["P"], c["Y"], c["U"], c["Qg"], c["Ktail"], c["gamma"], states)

@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from kernels.autograd import differentiable
+from kernels.autograd import differentiable, is_direct
 from kernels.delta.reference import CHUNK
 from kernels.varlen import most_chunks
 
@@ -87,14 +87,7 @@ def _backward(
     q: Tensor, k: Tensor, v: Tensor, g: Tensor | None, b: Tensor | None, w: Tensor | None, scale: float, cu_seqlens: Tensor | None,
     kept: list[Tensor], do: Tensor, dfinal: Tensor,
 ) -> list[Tensor]:  # fmt: skip
-    from kernels.delta import backward
-    from kernels.delta.forward import Forward
-
-    tensors = iter(kept)
-    saved = Forward(do, dfinal, *[next(tensors) if there else q for there in _present(b)])
-    with torch.cuda.device_of(q):
-        gradients = backward.launch(q, k, v, g, b, w, scale, cu_seqlens, saved, do, dfinal)
-    return [x for x in gradients if x is not None]
+    return _launch([q, k, v, g, b, w, cu_seqlens, *kept], scale, do, dfinal)
 
 
 @_backward.register_fake
@@ -102,25 +95,45 @@ def _(q, k, v, g, b, w, scale, cu_seqlens, kept, do, dfinal):  # type: ignore[no
     return [*(x.new_empty(x.shape) for x in (q, k, v, g, b, w) if x is not None), dfinal.new_empty(dfinal.shape)]
 
 
+def _launch(tensors: list[Tensor | None], scale: float, do: Tensor, dfinal: Tensor) -> list[Tensor]:
+    """The backward pass. `tensors`, in the order in which they are saved, is emptied, see `backward.launch`."""
+    from kernels.delta import backward
+    from kernels.delta.forward import Forward
+
+    q, b, cu_seqlens = tensors[0], tensors[4], tensors[6]
+    assert q is not None
+    inputs, left = dict(zip("qkvgbw", tensors, strict=False)), iter(tensors[7:])
+    tensors.clear()
+    kept: dict[str, Any] = {name: next(left) if there else q for name, there in zip(Forward._fields[2:], _present(b), strict=True)}
+    del left
+    with torch.cuda.device_of(q):
+        return backward.launch(inputs, kept, scale, cu_seqlens, do, dfinal)
+
+
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: list[Tensor]) -> None:
     q, k, v, g, b, w, scale, state, cu_seqlens, _ = inputs
     ctx.save_for_backward(q, k, v, g, b, w, cu_seqlens, *output[2:])
-    ctx.scale, ctx.has_state = scale, state is not None
+    ctx.scale, ctx.has_state, ctx.final_shape = scale, state is not None, output[1].shape
     ctx.set_materialize_grads(False)  # there are gradients of o and of the final state, of one or of both; none of what is kept
 
 
 def _gradients(ctx: Any, gradients: list[Tensor | None]) -> tuple[Tensor | None, ...]:
-    q, k, v, g, b, w, cu_seqlens, *kept = ctx.saved_tensors
+    tensors = list(ctx.saved_tensors)  # and no other name for one of them: it would keep it alive
+    there = [x is not None for x in tensors[:6]]
     do, dfinal = gradients[:2]
     if do is None:
-        do = torch.zeros_like(v)
+        do = torch.zeros_like(tensors[2])
     if dfinal is None:
-        sequences = q.shape[0] if cu_seqlens is None else cu_seqlens.numel() - 1
-        dfinal = v.new_zeros(sequences, v.shape[2], q.shape[3], v.shape[3], dtype=torch.float32)
-    done = torch.ops.lightning_mixers.delta_rule_backward(q, k, v, g, b, w, ctx.scale, cu_seqlens, kept, do, dfinal)
+        dfinal = do.new_zeros(ctx.final_shape, dtype=torch.float32)
+    if is_direct(do):
+        ctx.maybe_clear_saved_tensors()  # unless the graph is retained
+        done = _launch(tensors, ctx.scale, do, dfinal)
+    else:
+        q, k, v, g, b, w, cu_seqlens, *kept = tensors
+        done = torch.ops.lightning_mixers.delta_rule_backward(q, k, v, g, b, w, ctx.scale, cu_seqlens, kept, do, dfinal)
     *by_input, dstate = done
     left = iter(by_input)
-    dq, dk, dv, dg, db, dw = [None if x is None else next(left) for x in (q, k, v, g, b, w)]
+    dq, dk, dv, dg, db, dw = [next(left) if x else None for x in there]
     return dq, dk, dv, dg, db, dw, None, dstate if ctx.has_state else None, None, None
 
 

@@ -7,6 +7,9 @@ from kernels.tiles import Key, Tile, TileTable
 
 # A serial pass takes its narrow tile where the wide one would leave most multiprocessors without a program.
 FEW_PROGRAMS = 64
+# Programs of `_hopper` take a multiprocessor each, of which an H100 has so many: a program has as many more columns than in the table as make all run
+# at once, up to MOST_COLUMNS.
+AT_ONCE, MOST_COLUMNS = 132, 64
 
 # On Hopper ptxas 12.8 and 13.0 lose uniform registers that hold where in shared memory the operands of a product lie (docs/log.md): with 16-bit
 # inputs many tiles of four warps with fewer than 64 columns are wrong, and `dscores` of eight if one block holds all of 64 value columns.

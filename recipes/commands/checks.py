@@ -81,9 +81,9 @@ def _unequal(n: int, *, mixer: str) -> Problem:
     return problems.delta_rule(mixer, Shape(2, 130, 2, k_dim, v_dim, 2), Draw(seed=5), extreme=True, state=True)
 
 
-def _many(n: int) -> Problem:
-    """As many sequences as make the serial passes take their wide tiles."""
-    return problems.delta_rule("gdn2", Shape(16, 70, 4, n, n), Draw(seed=4))
+def _many(n: int, *, batch: int) -> Problem:
+    """The tiles of the serial passes depend on how many sequences there are."""
+    return problems.delta_rule("gdn2", Shape(batch, 70, 4, n, n), Draw(seed=4))
 
 
 def _step(n: int, *, batch: int) -> Problem:
@@ -105,7 +105,8 @@ def _table() -> Iterator[Check]:
     yield Check("gdn2, one long sequence", "delta_rule", _long, mixer="gdn2")
     for mixer in ("gdn2", "gla"):
         yield Check(f"{mixer}, K and V unequal", "delta_rule", partial(_unequal, mixer=mixer), (64, 128), mixer)
-    yield Check("gdn2, many sequences", "delta_rule", _many, mixer="gdn2")
+    for batch in (8, 16, 32):
+        yield Check(f"gdn2, {batch} sequences", "delta_rule", partial(_many, batch=batch), mixer="gdn2")
     yield Check("gdn2, one token", "delta_rule_step", lambda n: problems.delta_rule_step("gdn2", _small(n), Draw(), extreme=True), HEAD_SIZES)
     for batch in (8, 72):  # of 16 heads: the kernel's blocks depend on how many states there are
         yield Check(f"gdn2, one token of {batch} sequences", "delta_rule_step", partial(_step, batch=batch))

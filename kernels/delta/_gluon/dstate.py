@@ -31,7 +31,7 @@ def fetch_chunk(
 
 @gluon.jit(do_not_specialize=["tokens", "per_sequence"])
 def dstate_kernel(
-    Y, P, Qg, Ktail, gamma, do, dfinal, first_chunk, starts, lengths, dR, dS_all, dinitial, tokens, per_sequence,
+    Y, P, Qg, Ktail, gamma, do, dfinal, first_chunk, starts, lengths, dR, dS_all, dinitial, scale, tokens, per_sequence,
     S_O: gl.constexpr, HV: gl.constexpr, K: gl.constexpr, V: gl.constexpr, C: gl.constexpr, G: gl.constexpr, B: gl.constexpr,
     PACKED: gl.constexpr, BV: gl.constexpr, STAGES: gl.constexpr,
 ):  # fmt: skip
@@ -57,7 +57,7 @@ def dstate_kernel(
             )  # fmt: skip
         async_copy.commit_group()
     dS = tile(dfinal + whole, K, V, K, BV, M)
-    zero = gl.zeros([C, BV], gl.float32, layout=M)
+    zero, zero_K = gl.zeros([C, BV], gl.float32, layout=M), gl.zeros([K, BV], gl.float32, layout=M)
     keys = gl.arange(0, K, layout=gl.SliceLayout(1, M))
     for back in range(0, end - first):
         i, chunk = back % STAGES, end - 1 - back
@@ -72,9 +72,9 @@ def dstate_kernel(
         barrier()  # this chunk has come; every warp has left the one before
         dR_c = warpgroup_mma(P_s.index(i).permute((1, 0)), do_s.index(i), zero, use_acc=False, is_async=True)
         dR_c = warpgroup_mma(K_s.index(i), dS_s, dR_c, is_async=True)
+        dS_q = warpgroup_mma(Q_s.index(i).permute((1, 0)), do_s.index(i), zero_K, use_acc=False, is_async=True)
         if G:
             dS = dS * decay
-        dS = warpgroup_mma(Q_s.index(i).permute((1, 0)), do_s.index(i), dS, is_async=True)
         if back + (STAGES - 1) < end - first:
             then = (back + (STAGES - 1)) % STAGES
             fetch_chunk(
@@ -83,7 +83,8 @@ def dstate_kernel(
             )  # fmt: skip
         async_copy.commit_group()
         gl.store(dS_all + at * K * V + offsets(K, BV, V, COPY), dS_s.load(COPY))
-        dR_c, dS = warpgroup_mma_wait(0, deps=(dR_c, dS))
+        dR_c, dS_q = warpgroup_mma_wait(0, deps=(dR_c, dS_q))
+        dS += scale * dS_q
         dR_d = dR_c.to(dtype)
         dR_s.store(-dR_d)  # of which dS gets Y^T (-dR): a product only adds
         fence_async_shared()

@@ -260,7 +260,7 @@ def intra_kernel(
     Q_c, E_c = Q_c * since, E_c * since
     far_queries(Q_c, E_c, left_5, 32)
     since = gl.where(block >= 2, front, 1.0)
-    gl.store(Qg + at * K + own, ((Q_c * since) * scale).to(dtype))
+    gl.store(Qg + at * K + own, (Q_c * since).to(dtype))
     Ebar = (E_c * since).to(dtype)
     fence_async_shared()
     barrier()

@@ -27,7 +27,7 @@ def fetch_chunk(i, Y_s, U_s, P_s, Q_s, K_s, Y, U, P, Qg, Ktail, at, V: gl.conste
 
 @gluon.jit(do_not_specialize=["tokens", "per_sequence"])
 def state_kernel(
-    Y, U, P, Qg, Ktail, gamma, initial, first_chunk, starts, lengths, o, S_all, final, tokens, per_sequence,
+    Y, U, P, Qg, Ktail, gamma, initial, first_chunk, starts, lengths, o, S_all, final, scale, tokens, per_sequence,
     S_O: gl.constexpr, HV: gl.constexpr, K: gl.constexpr, V: gl.constexpr, C: gl.constexpr, G: gl.constexpr, B: gl.constexpr,
     INITIAL: gl.constexpr, SAVE: gl.constexpr, PACKED: gl.constexpr, BV: gl.constexpr, STAGES: gl.constexpr,
 ):  # fmt: skip
@@ -79,9 +79,12 @@ def state_kernel(
         if B:
             R, o_c = warpgroup_mma_wait(0, deps=(R, o_c))
             R_d = (R_d.to(gl.float32) - R).to(dtype)
+        else:
+            o_c = warpgroup_mma_wait(0, deps=(o_c,))
         R_s.store(R_d)
         fence_async_shared()
         barrier()
+        o_c = o_c * scale
         if G:
             S = S * decay
         S = warpgroup_mma(K_s.index(i).permute((1, 0)), R_s, S, is_async=True)

@@ -11,7 +11,7 @@ from kernels.delta._triton.tree import chunk_rows, wide
 
 @triton.jit(do_not_specialize=["tokens", "per_sequence"])
 def dstate_kernel(
-    Y, P, Qg, Ktail, gamma, do, dfinal, first_chunk, starts, lengths, dR, dS_all, dinitial, tokens, per_sequence,
+    Y, P, Qg, Ktail, gamma, do, dfinal, first_chunk, starts, lengths, dR, dS_all, dinitial, scale, tokens, per_sequence,
     S_O: tl.constexpr, HV: tl.constexpr, K: tl.constexpr, V: tl.constexpr, C: tl.constexpr, G: tl.constexpr, B: tl.constexpr,
     PACKED: tl.constexpr, PRECISION: tl.constexpr, BV: tl.constexpr,
 ):  # fmt: skip
@@ -43,7 +43,7 @@ def dstate_kernel(
         if G == 2:
             dS *= tl.load(gamma + at * K + c)[:, None]
         Q_c = tl.load(Qg + at * C * K + (r[:, None] * K + c[None, :]))
-        dS = tl.dot(tl.trans(Q_c), do_c, dS, input_precision=PRECISION)
+        dS += scale * tl.dot(tl.trans(Q_c), do_c, input_precision=PRECISION)
         if B:
             Y_c = tl.load(Y + at * C * K + (r[:, None] * K + c[None, :]))
             dS -= tl.dot(tl.trans(Y_c), dR_c, input_precision=PRECISION)

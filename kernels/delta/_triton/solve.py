@@ -110,11 +110,11 @@ def solve_kernel(
     for kb in range(K // BK):
         ck = kb * BK
         k_c = tl.load(k + ck + (r[:, None] * S_K + c[None, :]), mask=inside, other=0.0).to(tl.float32)
-        q_c = tl.load(q + ck + (r[:, None] * S_Q + c[None, :]), mask=inside, other=0.0).to(tl.float32) * scale
+        q_c = tl.load(q + ck + (r[:, None] * S_Q + c[None, :]), mask=inside, other=0.0).to(tl.float32)
         if G == 2:
             from_start, to_end, total = channel_ends(sums, rest, ck, rows, HV * K, C, BK, EXACT)
             tl.store(gamma + wide(work) * K + ck + c, total)
-            diagonal += tl.sum(q_c * k_c, 1)
+            diagonal += scale * tl.sum(q_c * k_c, 1)
         to = at * K + ck + (r[:, None] * K + c[None, :])
         if B:
             e = k_c

@@ -11,7 +11,7 @@ from kernels.delta._triton.tree import chunk_rows, wide
 
 @triton.jit(do_not_specialize=["tokens", "per_sequence"])
 def state_kernel(
-    Y, U, P, Qg, Ktail, gamma, initial, first_chunk, starts, lengths, o, S_all, final, tokens, per_sequence,
+    Y, U, P, Qg, Ktail, gamma, initial, first_chunk, starts, lengths, o, S_all, final, scale, tokens, per_sequence,
     S_O: tl.constexpr, HV: tl.constexpr, K: tl.constexpr, V: tl.constexpr, C: tl.constexpr, G: tl.constexpr, B: tl.constexpr,
     INITIAL: tl.constexpr, SAVE: tl.constexpr, PACKED: tl.constexpr, PRECISION: tl.constexpr, BV: tl.constexpr,
 ):  # fmt: skip
@@ -41,7 +41,7 @@ def state_kernel(
             R = (R.to(tl.float32) - tl.dot(Y_c, S_d, input_precision=PRECISION)).to(dtype)
             if SAVE:
                 tl.store(U + u_at, R)
-        o_c = tl.dot(tl.load(Qg + at * C * K + (r[:, None] * K + c[None, :])), S_d, input_precision=PRECISION)
+        o_c = scale * tl.dot(tl.load(Qg + at * C * K + (r[:, None] * K + c[None, :])), S_d, input_precision=PRECISION)
         o_c = tl.dot(tl.load(P + at * C * C + (r[:, None] * C + r[None, :])), R, o_c, input_precision=PRECISION)
         tl.store(o + start * S_O + head * V + (r[:, None] * S_O + cv[None, :]), o_c.to(dtype), mask=(r < rows)[:, None])
         if G == 1:
