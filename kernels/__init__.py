@@ -14,8 +14,9 @@ if TYPE_CHECKING:
     from kernels.delta.api import delta_rule, delta_rule_step
     from kernels.gated_norm.api import gated_rms_norm
     from kernels.gates.api import delta_gates
+    from kernels.qk_norm.api import l2_norm
 
-__all__ = ["causal_conv1d", "causal_conv1d_step", "delta_gates", "delta_rule", "delta_rule_step", "gated_rms_norm"]
+__all__ = ["causal_conv1d", "causal_conv1d_step", "delta_gates", "delta_rule", "delta_rule_step", "gated_rms_norm", "l2_norm"]
 
 _HOME = {
     "causal_conv1d": "kernels.conv1d.api",
@@ -24,6 +25,7 @@ _HOME = {
     "delta_rule": "kernels.delta.api",
     "delta_rule_step": "kernels.delta.api",
     "gated_rms_norm": "kernels.gated_norm.api",
+    "l2_norm": "kernels.qk_norm.api",
 }
 
 

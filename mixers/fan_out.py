@@ -36,7 +36,8 @@ def fan_out(x: Tensor, *readers: nn.Module | Sequence[nn.Module]) -> list[Tensor
     narrow = [i for i, width in enumerate(widths) if width < NARROW]
     shared = [weight for i in narrow for weight in weights[i]]
     found = _products(x, [*(weights[i] for i in wide), *([shared] if shared else [])])
-    parts = found.pop().split([widths[i] for i in narrow], -1) if shared else ()
+    # copied, which is little: a product of a slice with a weight takes its bias in a launch of its own
+    parts = [part.contiguous() for part in found.pop().split([widths[i] for i in narrow], -1)] if shared else []
     outputs = {**dict(zip(wide, found, strict=True)), **dict(zip(narrow, parts, strict=True))}
     return [outputs[i] for i in range(len(groups))]
 

@@ -121,17 +121,20 @@ def picked_and_launched() -> Find:
 
 
 def of_every_size(found: list[offline.Compilation]) -> list[offline.Compilation]:
-    """Of every kernel for 16-bit inputs, tile and K x V the launch with the widest gates. Fewer than four warps make no products of their own kind:
-    one size stands for all."""
+    """Of every kernel, width of inputs, tile and K x V the launch with the widest gates. Fewer than four warps make no products of the kind that is
+    at fault: one size stands for all, and none in float32."""
 
     def kind(one: offline.Compilation) -> tuple[Any, ...]:
         constants = {one.kernel.arg_names[path[0]]: value for path, value in one.constants.items()}
         warps = one.options["num_warps"]
         sizes = [constants.get(name) for name in ("K", "V", "BK", "BV") if warps >= 4]
-        return one.kernel.__module__, one.kernel.__name__, warps, one.options["num_stages"], *sizes
+        return one.kernel.__module__, one.kernel.__name__, is_full(one), warps, one.options["num_stages"], *sizes
 
-    half = [one for one in found if not any(t == "*fp32" for t in list(one.signature.values())[:1])]
-    by_gates = sorted(half, key=lambda one: sum(value for value in one.constants.values() if isinstance(value, int)))
+    def is_full(one: offline.Compilation) -> bool:
+        return next(iter(one.signature.values())) == "*fp32"
+
+    chosen = [one for one in found if not is_full(one) or ("PRECISION" in one.kernel.arg_names and one.options["num_warps"] >= 4)]
+    by_gates = sorted(chosen, key=lambda one: sum(value for value in one.constants.values() if isinstance(value, int)))
     return list({kind(one): one for one in by_gates}.values())
 
 

@@ -40,8 +40,8 @@ def delta_rule(
 
 
 def _padded(size: int) -> int:
-    """The next size with kernels: a power of two from 16 on, and above MAX_HEAD (values only) a multiple of 64."""
-    return -(-size // 64) * 64 if size > MAX_HEAD else max(16, 1 << (size - 1).bit_length())
+    """The next size with kernels: a power of two from 32 on, and above MAX_HEAD (values only) a multiple of 64."""
+    return -(-size // 64) * 64 if size > MAX_HEAD else max(32, 1 << (size - 1).bit_length())
 
 
 @torch.library.custom_op("lightning_mixers::delta_rule", mutates_args=())

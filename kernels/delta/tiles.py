@@ -12,8 +12,8 @@ FEW_PROGRAMS = 64
 AT_ONCE, MOST_COLUMNS = 132, 64
 
 # On Hopper ptxas 12.8 and 13.0 lose uniform registers that hold where in shared memory the operands of a product lie (docs/log.md): with 16-bit
-# inputs many tiles of four warps with fewer than 64 columns are wrong, and `dscores` of eight if one block holds all of 64 value columns.
-# tests/sass.py finds them; no tile below is one of them.
+# inputs many tiles of four warps with fewer than 64 columns are wrong, and `dscores` of eight if one block holds all of 64 value columns; in float32
+# several of eight with 16 (op.py gives no kernel fewer than 32). tests/sass.py finds them; no tile below is one of them.
 _SAFE = {
     "scores": Tile(4, 1, {"BK": 32}),
     "solve": Tile(8, 1, {"BK": 64, "BV": 64}),

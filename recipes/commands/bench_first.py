@@ -16,7 +16,7 @@ from argparse import Namespace
 from recipes.commands.bench_timing import Entry
 from recipes.commands.problems import Shape
 
-OP_OF = {"conv+silu+norm": "conv", "gates": "gates", "gated_rms_norm": "norm", "ssd": "ssd", "siso": "siso"}
+OP_OF = {"conv+silu+norm": "conv", "gates": "gates", "gated_rms_norm": "norm", "l2_norm": "l2norm", "ssd": "ssd", "siso": "siso"}
 
 
 def first_call_seconds(entry: Entry, shape: Shape, given: Namespace) -> float | None:

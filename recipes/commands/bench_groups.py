@@ -9,7 +9,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from kernels import causal_conv1d, delta_gates, delta_rule, gated_rms_norm
+from kernels import causal_conv1d, delta_gates, delta_rule, gated_rms_norm, l2_norm
+from kernels.backend import Requested
 from kernels.delta.reference import chunkwise
 from mixers import mamba_ssm
 from mixers.mamba3 import Mamba3
@@ -18,7 +19,15 @@ from recipes.commands import problems
 from recipes.commands.bench_timing import Entry
 from recipes.commands.problems import Draw, Problem, Shape
 
-OPS = {"delta": "delta_rule", "conv": "causal_conv1d", "gates": "delta_gates", "norm": "gated_rms_norm", "ssd": "delta_rule", "siso": "delta_rule"}
+OPS = {
+    "delta": "delta_rule",
+    "conv": "causal_conv1d",
+    "gates": "delta_gates",
+    "norm": "gated_rms_norm",
+    "l2norm": "l2_norm",
+    "ssd": "delta_rule",
+    "siso": "delta_rule",
+}
 OURS = "ours"
 Function = Callable[..., Any]
 
@@ -48,6 +57,8 @@ def groups(op: str, mixers: Sequence[str], shape: Shape, dtype: torch.dtype, bas
         yield _conv(shape, dtype, device, fla)
     elif op == "gates":
         yield _gates(shape, dtype, device, fla)
+    elif op == "l2norm":
+        yield _group(problems.l2_norm(shape, Draw(device)).to(dtype), "l2_norm", l2_norm, [peers.fla_l2norm()] if fla else [])
     else:
         problem = problems.gated_rms_norm(shape, Draw(device)).to(dtype)
         yield _group(problem, "gated_rms_norm", gated_rms_norm, [peers.fla_norm(problems.NORM_EPS)] if fla else [], keep=("eps",))
@@ -61,11 +72,11 @@ def _delta(mixer: str, shape: Shape, dtype: torch.dtype, baselines: Sequence[str
     problem = exact.to(dtype)
     leaves, shared = share_gate(mixer, problem.leaves)
 
-    def recurrence(function: Function, **given: Tensor) -> Any:
-        given = normed(given) if raw else given
+    def recurrence(function: Function, backend: Requested, **given: Tensor) -> Any:
+        given = normed(given, backend) if raw else given
         return function(**given, **({"w": given["b"]} if shared else {}))[0]
 
-    ours, in_float64 = partial(recurrence, delta_rule), partial(recurrence, chunkwise)
+    ours, in_float64 = partial(recurrence, delta_rule, "auto"), partial(recurrence, chunkwise, "reference")
     what = f"{mixer}+norm" if raw else mixer
     found = peers.fla_delta(mixer, norm_in_kernel=raw) if "fla" in baselines else None
     implementations: list[peers.Peer] = [(OURS, ours), *([found] if found else [])]
@@ -79,14 +90,10 @@ def share_gate(mixer: str, leaves: Mapping[str, Tensor]) -> tuple[dict[str, Tens
     return {name: x for name, x in leaves.items() if not (shared and name == "w")}, shared
 
 
-def normed(leaves: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Queries and keys divided by their length, as `causal_conv1d` does it in its own launch; here in plain torch."""
-
-    def norm(x: Tensor) -> Tensor:
-        wide = x.to(torch.promote_types(x.dtype, torch.float32))
-        return (wide * (wide.square().sum(-1, keepdim=True) + 1e-6).rsqrt()).to(x.dtype)
-
-    return {name: norm(x) if name in ("q", "k") else x for name, x in leaves.items()}
+def normed(leaves: Mapping[str, Tensor], backend: Requested) -> dict[str, Tensor]:
+    """Queries and keys divided by their length."""
+    q, k = l2_norm(leaves["q"], leaves["k"], backend=backend)
+    return {**leaves, "q": q, "k": k}
 
 
 def _leaves(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:

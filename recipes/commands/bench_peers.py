@@ -121,6 +121,12 @@ def fla_norm(eps: float) -> Peer:
     return fla_version(), lambda x, gate, weight: norm(x, gate, weight, None, activation="swish", eps=eps)
 
 
+def fla_l2norm() -> Peer:
+    """Queries and keys divided by their length, one after the other."""
+    l2norm = import_module("fla.modules.norm.l2norm").l2norm
+    return fla_version(), lambda q, k: (l2norm(q), l2norm(k))
+
+
 def attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     """Causal attention of torch; heads before tokens."""
     return F.scaled_dot_product_attention(q, k, v, is_causal=True)

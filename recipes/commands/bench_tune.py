@@ -29,6 +29,7 @@ TABLES = {  # the module of an op's table
     "conv": "kernels.conv1d.tiles",
     "gates": "kernels.gates.tiles",
     "norm": "kernels.gated_norm.tiles",
+    "l2norm": "kernels.qk_norm.tiles",
 }
 
 

@@ -120,6 +120,7 @@ def _table() -> Iterator[Check]:
     for mixer in ("gdn2", "kda", "gdn"):
         yield Check(f"{mixer}, extreme inputs", "delta_gates", partial(_gates, mixer=mixer), HEAD_SIZES if mixer == "gdn2" else FULL_SIZES)
     yield Check("SiLU gate", "gated_rms_norm", lambda n: problems.gated_rms_norm(_layer(n), Draw()), HEAD_SIZES)
+    yield Check("queries and keys", "l2_norm", lambda n: problems.l2_norm(_layer(n), Draw()), HEAD_SIZES)
 
 
 CHECKS: tuple[Check, ...] = tuple(_table())

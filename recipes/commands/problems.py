@@ -37,6 +37,7 @@ OUTPUTS = {
     "causal_conv1d_step": ("y", "final"),
     "delta_gates": ("g", "b", "w"),
     "gated_rms_norm": ("y",),
+    "l2_norm": ("q_unit", "k_unit"),
 }
 
 
@@ -221,3 +222,10 @@ def gated_rms_norm(shape: Shape, draw: Draw) -> Problem:
     size = (shape.batch, shape.tokens, shape.v_heads, shape.dv)
     leaves = {"x": draw.normal(*size), "gate": draw.normal(*size), "weight": 1 + draw.normal(shape.dv) / 10}
     return Problem("gated_rms_norm", leaves, {"eps": NORM_EPS}, {"y": draw.cotangent(*size)}, PARAMETERS)
+
+
+def l2_norm(shape: Shape, draw: Draw) -> Problem:
+    """Queries and keys before the delta rule."""
+    size = (shape.batch, shape.tokens, shape.heads, shape.dk)
+    leaves = {name: draw.normal(*size) for name in "qk"}
+    return Problem("l2_norm", leaves, {}, {name: draw.cotangent(*size) for name in OUTPUTS["l2_norm"]})

@@ -1,0 +1,1 @@
+"""Queries and keys divided by their lengths, head by head, in one launch."""
