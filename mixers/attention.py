@@ -14,6 +14,7 @@ from torch import Tensor
 from kernels.varlen import is_readable
 from mixers.base import SequenceMixer, at_least_one, default_head_dim, linear_flops, multiple_of
 from mixers.errors import ConfigError
+from mixers.fan_out import fan_out
 from mixers.layers import Linear, normal, rotate
 from mixers.state import AttentionState
 
@@ -115,11 +116,8 @@ class Attention(SequenceMixer[AttentionState]):
 
     def _heads(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """q [B, T, H, D], k and v [B, T, J, D], not rotated yet."""
-        return (
-            self.q_proj(x).unflatten(-1, (self.num_heads, -1)),
-            self.k_proj(x).unflatten(-1, (self.num_kv_heads, -1)),
-            self.v_proj(x).unflatten(-1, (self.num_kv_heads, -1)),
-        )
+        q, k, v = fan_out(x, self.q_proj, self.k_proj, self.v_proj)
+        return q.unflatten(-1, (self.num_heads, -1)), k.unflatten(-1, (self.num_kv_heads, -1)), v.unflatten(-1, (self.num_kv_heads, -1))
 
     def _output(self, o: Tensor) -> Tensor:
         out: Tensor = self.o_proj(o.flatten(-2))

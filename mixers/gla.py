@@ -12,6 +12,7 @@ from kernels import delta_rule, delta_rule_step
 from mixers.base import SequenceMixer, at_least_one, default_head_dim, linear_flops
 from mixers.delta import delta_rule_flops
 from mixers.errors import ConfigError
+from mixers.fan_out import fan_out
 from mixers.layers import MIXER_GAIN, GatedRMSNorm, Linear, xavier
 from mixers.state import RecurrentState, zero_state
 
@@ -62,13 +63,15 @@ class GatedLinearAttention(SequenceMixer[RecurrentState]):
     ) -> tuple[Tensor, RecurrentState | None]:
         self.check_input(x_BTD, state, cu_seqlens)
         S = None if state is None else state.S
-        o, S = delta_rule(*self._inputs(x_BTD), state=S, cu_seqlens=cu_seqlens)
-        return self._output(o, x_BTD), None if state is None else RecurrentState(S)
+        *inputs, gate = self._inputs(x_BTD)
+        o, S = delta_rule(*inputs, state=S, cu_seqlens=cu_seqlens)
+        return self._output(o, gate), None if state is None else RecurrentState(S)
 
     def step(self, x_BD: Tensor, state: RecurrentState) -> tuple[Tensor, RecurrentState]:
         self.check_state(state, x_BD.shape[0])
-        o, S = delta_rule_step(*self._inputs(x_BD), state=state.S)
-        return self._output(o, x_BD), RecurrentState(S)
+        *inputs, gate = self._inputs(x_BD)
+        o, S = delta_rule_step(*inputs, state=state.S)
+        return self._output(o, gate), RecurrentState(S)
 
     def init_state(
         self,
@@ -88,12 +91,12 @@ class GatedLinearAttention(SequenceMixer[RecurrentState]):
         rule = delta_rule_flops(tokens, self.num_heads, self.head_dim, self.v_head_dim, erase=False)
         return linear_flops(self, tokens) + rule
 
-    def _inputs(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        heads = (self.num_heads, -1)
-        q, k, v = (proj(x).unflatten(-1, heads) for proj in (self.q_proj, self.k_proj, self.v_proj))
-        f = self.f_proj(x).unflatten(-1, heads)
-        return q, k, v, F.logsigmoid(f.to(torch.promote_types(f.dtype, torch.float32))) / self.gate_normalizer
+    def _inputs(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+        """q, k, v, g and the gate of the output, [.., heads, their sizes]."""
+        q, k, v, gate, hidden = fan_out(x, self.q_proj, self.k_proj, self.v_proj, self.gate_proj, self.f_proj[0])
+        q, k, v, gate, f = (t.unflatten(-1, (self.num_heads, -1)) for t in (q, k, v, gate, self.f_proj[1](hidden)))
+        return q, k, v, F.logsigmoid(f.to(torch.promote_types(f.dtype, torch.float32))) / self.gate_normalizer, gate
 
-    def _output(self, o: Tensor, x: Tensor) -> Tensor:
-        out: Tensor = self.o_proj(self.norm(o, self.gate_proj(x).unflatten(-1, (self.num_heads, -1))).flatten(-2))
+    def _output(self, o: Tensor, gate: Tensor) -> Tensor:
+        out: Tensor = self.o_proj(self.norm(o, gate).flatten(-2))
         return out

@@ -11,6 +11,7 @@ from torch import Tensor
 from kernels import delta_rule, delta_rule_step
 from mixers.base import SequenceMixer, at_least_one, default_head_dim, linear_flops
 from mixers.delta import delta_rule_flops
+from mixers.fan_out import fan_out
 from mixers.layers import MIXER_GAIN, Linear, xavier
 from mixers.state import RecurrentState, zero_state
 
@@ -72,7 +73,7 @@ class LinearAttention(SequenceMixer[RecurrentState]):
 
     def _inputs(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Features and values in at least float32: the normaliser is a sum over all tokens."""
-        q, k, v = (proj(x).unflatten(-1, (self.num_heads, -1)) for proj in (self.q_proj, self.k_proj, self.v_proj))
+        q, k, v = (t.unflatten(-1, (self.num_heads, -1)) for t in fan_out(x, self.q_proj, self.k_proj, self.v_proj))
         q, k, v = (t.to(torch.promote_types(t.dtype, torch.float32)) for t in (q, k, v))
         return F.elu(q) + 1, F.elu(k) + 1, F.pad(v, (0, 1), value=1.0)
 
