@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: quickstart test test-gpu test-tiles lint bench-reference wheel docs clean
+.PHONY: quickstart test test-gpu test-tiles lint bench-reference reliability wheel docs clean
 
 quickstart: .venv/installed
 	$(BIN)/python -m recipes fit --config quickstart
@@ -30,6 +30,10 @@ lint: .venv/installed-dev
 
 bench-reference: .venv/installed-dev
 	$(BIN)/python tests/bench_reference.py
+
+# docs/reliability.md, from the tests that are marked `fault`
+reliability: .venv/installed-dev
+	OMP_NUM_THREADS=1 $(BIN)/python tests/reliability.py
 
 wheel: .venv/installed-dev
 	$(BIN)/python -m build --wheel --no-isolation

@@ -39,6 +39,9 @@ class Key(NamedTuple):
     size: int  # the op's own measure: the padded head size, the number of taps, ...
 
 
+used: dict[tuple[str, str, Key], Tile] = {}  # what this process has launched kernels with: (op, kernel, key) -> tile
+
+
 class TileTable:
     """The tiles of an op's kernels.
 
@@ -61,6 +64,7 @@ class TileTable:
             if key.architecture != "cpu":
                 _say_once(self.op, kernel, key)
             tile = self.safe[kernel]
+        used[self.op, kernel, key] = tile
         return tile
 
     def entries(self) -> Iterator[tuple[str, Key, Tile]]:

@@ -1,4 +1,4 @@
-"""What a run shows and leaves behind: throughput, a progress bar, and a summary with a loss curve and a sample.
+"""What a run shows and leaves behind: a progress bar, and a summary with a loss curve and a sample.
 
 They read what the module logs (`tokens`, `train/bpb`, `val/bpb`, ..; see `LitLM`) and work with any module that logs these.
 """
@@ -8,7 +8,6 @@ from __future__ import annotations
 import math
 import sys
 import time
-from collections import deque
 from datetime import timedelta
 from pathlib import Path
 from typing import Any, final
@@ -24,6 +23,7 @@ from torch.distributed.tensor import DTensor
 from lit_modules.decoder_lm import DecoderLM, Sampling
 from lit_modules.lit_lm import UNKNOWN_STEPS, LitLM
 from lit_modules.loss_curve import LossCurve, short_number
+from lit_modules.throughput import Throughput
 from mixers.errors import ConfigError
 
 
@@ -34,42 +34,8 @@ def _logged(trainer: Trainer, name: str) -> float | None:
 
 
 @final
-class Throughput(Callback):
-    """Logs tokens_per_second, over all ranks: a moving average over optimizer steps, without the time of validations.
-
-    Args:
-        window: Optimizer steps to average over.
-    """
-
-    def __init__(self, window: int = 20) -> None:
-        if window < 1:
-            raise ConfigError(f"Throughput.window: must be at least 1, got {window}")
-        self._marks: deque[tuple[float, float]] = deque(maxlen=window + 1)  # (tokens, seconds of training) after a step
-        self._paused = 0.0
-        self._pause_began = 0.0
-
-    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:  # noqa: ARG002
-        self._marks.clear()
-
-    def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:  # noqa: ARG002
-        self._pause_began = time.perf_counter()
-
-    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:  # noqa: ARG002
-        self._paused += time.perf_counter() - self._pause_began
-
-    def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int) -> None:  # noqa: ARG002
-        tokens = _logged(trainer, "tokens")
-        if tokens is None or (self._marks and tokens == self._marks[-1][0]):
-            return  # no optimizer step
-        self._marks.append((tokens, time.perf_counter() - self._paused))
-        if len(self._marks) > 1:
-            seconds = self._marks[-1][1] - self._marks[0][1]
-            pl_module.log("tokens_per_second", (tokens - self._marks[0][0]) / max(seconds, 1e-9), on_step=True, on_epoch=False)
-
-
-@final
 class ProgressBar(RichProgressBar):
-    """One bar over all optimizer steps of a run, with loss, bits per byte, tokens a second and learning rate.
+    """One bar over all optimizer steps of a run, with loss, bits per byte and learning rate, and what a `Throughput` measures.
 
     Where the output is not a terminal (a file, a batch job), prints a line now and then instead.
 
@@ -85,6 +51,7 @@ class ProgressBar(RichProgressBar):
         self.plain_every_n_steps = plain_every_n_steps
         self._plain = False
         self._total: float = float("inf")
+        self._validated: dict[str, float] = {}  # kept, because reading it from the metrics waits for the GPU
         self._first_step = self._last_step = 0
         self._began = 0.0
 
@@ -105,6 +72,7 @@ class ProgressBar(RichProgressBar):
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         super().on_train_start(trainer, pl_module)
+        self._validated = {}
         self._first_step = self._last_step = trainer.global_step
         self._began = time.perf_counter()
 
@@ -123,9 +91,12 @@ class ProgressBar(RichProgressBar):
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         super().on_validation_end(trainer, pl_module)
-        values = [_logged(trainer, f"val/{name}") for name in ("loss", "bpb")]
-        if self.prints_lines and trainer.state.fn == "fit" and not trainer.sanity_checking and None not in values:
-            print(f"step {trainer.global_step}  validation: loss {values[0]:.3f}  bpb {values[1]:.3f}", flush=True)
+        loss, bpb = _logged(trainer, "val/loss"), _logged(trainer, "val/bpb")
+        if trainer.state.fn != "fit" or trainer.sanity_checking or loss is None or bpb is None:
+            return
+        self._validated = {"val/bpb": bpb}
+        if self.prints_lines:
+            print(f"step {trainer.global_step}  validation: loss {loss:.3f}  bpb {bpb:.3f}", flush=True)
 
     def get_metrics(self, trainer: Trainer, pl_module: LightningModule) -> dict[str, int | str | float | dict[str, float]]:  # noqa: ARG002
         """What stands behind the bar, formatted."""
@@ -135,9 +106,18 @@ class ProgressBar(RichProgressBar):
             ("tok/s", "tokens_per_second", short_number),
             ("lr", "lr", "{:.1e}".format),
             ("val", "val/bpb", "{:.3f}".format),
+            ("TFLOP/s", "tflops_per_second", "{:.3g}".format),
+            ("MFU", "mfu", "{:.1%}".format),
+            ("mem", "peak_memory_gib", "{:.3g}GiB".format),
+            ("wait", "data_wait", "{:.1%}".format),
         )
-        values = [(label, _logged(trainer, name), write) for label, name, write in shown]
-        return {label: write(value) for label, value, write in values if value is not None}
+        metrics = trainer.callback_metrics
+        known = {name: float(metrics[name]) for _, name, _ in shown if name in metrics and not name.startswith("val/")}
+        known |= self._validated
+        for callback in trainer.callbacks:  # type: ignore[attr-defined]
+            if isinstance(callback, Throughput):
+                known |= callback.values  # of this step; it logs only now and then
+        return {label: write(known[name]) for label, name, write in shown if name in known}
 
     def configure_columns(self, trainer: Trainer) -> list[ProgressColumn]:  # noqa: ARG002
         bar = CustomBarColumn(
@@ -242,10 +222,11 @@ class RunSummary(Callback):
             self._report = []
 
     def state_dict(self) -> dict[str, Any]:
-        return self.curve.state_dict()
+        return {**self.curve.state_dict(), "tokens": self._tokens}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         self.curve.load_state_dict(state_dict)
+        self._tokens = state_dict.get("tokens", 0.0)  # where the next validation stands, if it comes before a step
 
     def _sample(self, trainer: Trainer, pl_module: LightningModule) -> str | None:
         """A text that the model goes on from the prompt; None if none is asked for or there is no tokenizer, or if it fails (reported)."""

@@ -116,7 +116,7 @@ def read_checkpoint(path: str | Path) -> dict[str, Any]:
     """
     path = Path(path).expanduser()
     if path.is_dir():
-        raise ConfigError(f"{path}: is a folder (a sharded checkpoint?); one file is needed")
+        raise ConfigError(f"{path}: is a folder; of a sharded checkpoint `python -m recipes consolidate {path}` makes the one file that is needed")
     if not path.is_file():
         raise ConfigError(f"{path}: no such checkpoint")
     if not zipfile.is_zipfile(path):  # what torch.save writes; the directory is at the end, so a truncated file has none

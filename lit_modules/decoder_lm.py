@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from mixers import registry
 from mixers.base import ParameterGroups, SequenceMixer, at_least_one, linear_flops
 from mixers.errors import ConfigError
+from mixers.fan_out import fan_out
 from mixers.init import initialize
 from mixers.layers import Linear, normal
 
@@ -39,7 +40,8 @@ class SwiGLU(nn.Module):
         self.down = Linear(width, d_model, init=normal(init_std * residual_scale))
 
     def forward(self, x: Tensor) -> Tensor:
-        out: Tensor = self.down(F.silu(self.gate(x)) * self.up(x))
+        gate, up = fan_out(x, self.gate, self.up)
+        out: Tensor = self.down(F.silu(gate) * up)
         return out
 
 

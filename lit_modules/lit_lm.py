@@ -6,18 +6,22 @@ import math
 from typing import Any, NamedTuple, final
 
 import torch
-from lightning.pytorch import LightningModule
-from lightning.pytorch.strategies import DeepSpeedStrategy, FSDPStrategy
+from lightning.pytorch import Callback, LightningModule
+from lightning.pytorch.strategies import DeepSpeedStrategy, FSDPStrategy, ModelParallelStrategy
 from lightning.pytorch.utilities import GradClipAlgorithmType
 from rich.console import Console
 from torch import Tensor
 from torch.optim import Optimizer
 
-from lit_modules.checkpoint import check_same_model, load_lm, read_checkpoint, read_header, write_header
+from lit_modules.audit import Audit
+from lit_modules.autopsy import Step, StepGuard
+from lit_modules.checkpoint import HEADER, check_same_model, load_lm, read_checkpoint, read_header, write_header
 from lit_modules.data.windows import IGNORED, Batch
 from lit_modules.decoder_lm import DecoderLM
 from lit_modules.metrics import SequenceNLL, TokenNLL, scores, sequence_nll, token_nll
 from lit_modules.optim import build_adamw, cosine_lr, describe_groups, group_table, optimizer_groups, scale_and_clip
+from lit_modules.parallel import FSDP2, reshard
+from lit_modules.resume import Resume
 from mixers.errors import ConfigError
 
 __all__ = ["LitLM", "load_lm", "read_checkpoint"]
@@ -42,8 +46,8 @@ class LitLM(LightningModule):
     An optimizer step descends the mean over all valid targets of its micro-batches and ranks, however they are spread.
     Training stops when max_tokens positions have been seen, unless Trainer(max_steps) or another limit stops it before.
 
-    Logs train/loss (nats per token), train/bpb (bits per byte), train/grad_norm (before clipping), lr and tokens (seen
-    so far, resumed runs included) for every optimizer step; val/ and test/ loss, perplexity and bpb.
+    Logs train/loss (nats per token), train/bpb (bits per byte), train/grad_norm (before clipping), lr, tokens and, if steps may be
+    skipped, train/skipped (both so far, resumed runs included) for every optimizer step; val/ and test/ loss, perplexity and bpb.
 
     Args:
         lm: The model. On the meta device it is materialised and initialised where it trains.
@@ -53,6 +57,7 @@ class LitLM(LightningModule):
         max_tokens: Tokens to train on, over all ranks.
         warmup_tokens: Tokens over which the learning rate rises from 0 to lr, linearly.
         final_lr_ratio: The learning rate at max_tokens, as a share of lr; a cosine leads there.
+        max_skipped_steps: Steps whose loss or gradient norm is not finite that a run may leave out; the next one stops it. 0: the first one does.
 
     Raises:
         ConfigError: a setting outside its range.
@@ -67,6 +72,7 @@ class LitLM(LightningModule):
         max_tokens: int = 100_000_000_000,
         warmup_tokens: int = 1_000_000_000,
         final_lr_ratio: float = 0.1,
+        max_skipped_steps: int = 0,
     ) -> None:
         super().__init__()
         _require(0 < lr < math.inf, "lr", "must be positive", lr)
@@ -75,6 +81,7 @@ class LitLM(LightningModule):
         _require(max_tokens >= 1, "max_tokens", "must be at least 1", max_tokens)
         _require(0 <= warmup_tokens <= max_tokens, "warmup_tokens", f"must lie in 0 .. max_tokens = {max_tokens}", warmup_tokens)
         _require(0 <= final_lr_ratio <= 1, "final_lr_ratio", "must lie in [0, 1]", final_lr_ratio)
+        _require(max_skipped_steps >= 0, "max_skipped_steps", "must be at least 0", max_skipped_steps)
         self.lm = lm
         self.lr = lr
         self.betas = betas
@@ -82,6 +89,7 @@ class LitLM(LightningModule):
         self.max_tokens = max_tokens
         self.warmup_tokens = warmup_tokens
         self.final_lr_ratio = final_lr_ratio
+        self.guard = StepGuard(max_skipped_steps)
         self.tokens = 0  # positions seen in training, over all ranks and resumed runs
         self.val_nll = TokenNLL()
         self.test_nll = TokenNLL()
@@ -93,24 +101,34 @@ class LitLM(LightningModule):
     # The model
 
     def configure_model(self) -> None:
-        """Materialises a model that is on the meta device and draws its initial values; otherwise does nothing."""
+        """Shards the model under fsdp2, materialises one that is on the meta device and draws its initial values, and casts it to its dtype."""
+        strategy = None if self._trainer is None else self.trainer.strategy
+        if isinstance(strategy, FSDP2):
+            strategy.shard(self.lm)
         if any(parameter.is_meta for parameter in self.lm.parameters()):
-            device = self.device if self._trainer is None else self.trainer.strategy.root_device
+            device = self.device if strategy is None else strategy.root_device
             self.lm.to_empty(device=device)
             self.lm.reset_parameters()
+        if strategy is not None:  # Lightning would do so after it has loaded a checkpoint, and round one of 64-true to float32
+            strategy.precision_plugin.convert_module(self.lm)
 
     def configure_optimizers(self) -> Optimizer:
         # A fused AdamW unscales fp16 gradients within its step, too late for clipping.
         fused = getattr(self.trainer.precision_plugin, "scaler", None) is None
         return build_adamw(optimizer_groups(self.lm, self.weight_decay), lr=self.lr, betas=self.betas, fused=fused)
 
+    def configure_callbacks(self) -> list[Callback]:
+        return [Audit(), Resume()]
+
     # Length of the training
 
     def setup(self, stage: str) -> None:
         if stage != "fit":
             return
-        if isinstance(self.trainer.strategy, (FSDPStrategy, DeepSpeedStrategy)):
-            raise ConfigError("trainer.strategy: fsdp (FSDP1) and deepspeed are not supported (legal: auto, ddp, ModelParallelStrategy)")
+        strategy = self.trainer.strategy
+        if isinstance(strategy, (FSDPStrategy, DeepSpeedStrategy, ModelParallelStrategy)) and not isinstance(strategy, FSDP2):
+            name = type(strategy).__name__.removesuffix("Strategy")
+            raise ConfigError(f"trainer.strategy: {name} is not supported (legal: auto, ddp, fsdp2, fsdp2_sharded_checkpoint)")
         self._micro_batch = None
         data = getattr(self.trainer, "datamodule", None)
         sizes = getattr(data, "batch_size", None), getattr(data, "seq_len", None)
@@ -146,10 +164,7 @@ class LitLM(LightningModule):
 
     def on_train_start(self) -> None:
         self._micro_batch, self._sums, self._positions = None, None, 0
-        # From a checkpoint of an epoch's end, and without validation, Lightning would take a step with one micro-batch.
-        progress = self.trainer.fit_loop.epoch_loop.batch_progress
-        if not self.trainer.enable_validation and progress.current.completed >= self.trainer.num_training_batches:
-            progress.reset_on_run()
+        self.guard.begin()
 
     def on_train_batch_end(self, outputs: Any, batch: Batch, batch_idx: int) -> None:  # noqa: ARG002
         step = self.trainer.global_step
@@ -172,6 +187,7 @@ class LitLM(LightningModule):
         sums = torch.stack([nll.detach().double(), targets.double(), batch.n_bytes.double()])
         self._sums = sums if self._sums is None else self._sums + sums
         self._positions += batch.targets.numel()
+        self.guard.add(batch, nll)
         return nll / self._micro_batch
 
     def _nll(self, batch: Batch) -> tuple[Tensor, Tensor]:
@@ -188,8 +204,8 @@ class LitLM(LightningModule):
         nominal number, and averaged over ranks. The factor undoes that and divides by the valid targets of the step.
 
         Raises:
-            FloatingPointError: loss or gradients are not finite. With a loss scale (fp16), gradients may overflow while
-                it is above 1: Lightning then skips the step.
+            FloatingPointError: loss or gradients are not finite, and no more steps may be skipped. With a loss scale (fp16), gradients
+                may overflow while it is above 1: Lightning then skips the step.
         """
         totals = self._step_totals()
         assert self._micro_batch is not None
@@ -202,12 +218,15 @@ class LitLM(LightningModule):
             max_value=gradient_clip_val if by_value else None,
         )
         mean = scores(*totals[:3])
-        self._check_finite(totals.nll, norm)
+        self.guard.check(self.trainer, self.lm, optimizer, lambda batch: self._nll(batch)[0], totals.nll, norm, self.tokens)
         self.tokens += round(totals.positions)
         lr = self.lr_at(self.tokens)
         for group in optimizer.param_groups:
             group["lr"] = lr
+        self.guard.end(Step(self.trainer.global_step, self.tokens, mean.loss, norm, lr))
         values = {"train/loss": mean.loss, "train/bpb": mean.bpb, "train/grad_norm": norm, "lr": lr, "tokens": self.tokens}
+        if self.guard.max_skipped:
+            values["train/skipped"] = self.guard.skipped
         # As float64, which holds any number of tokens exactly.
         self.log_dict({name: torch.tensor(value, dtype=torch.float64) for name, value in values.items()}, on_step=True, on_epoch=False)
 
@@ -224,17 +243,6 @@ class LitLM(LightningModule):
         share = self._replicas / self.trainer.world_size  # tensor-parallel ranks have counted the same data
         return StepTotals(*(share * sums).tolist())
 
-    def _check_finite(self, nll: float, norm: float) -> None:
-        scaler = getattr(self.trainer.precision_plugin, "scaler", None)
-        wrong = []
-        if not math.isfinite(nll):
-            wrong.append(f"loss is {nll}")
-        if not math.isfinite(norm) and (scaler is None or scaler.get_scale() <= 1):
-            wrong.append(f"gradient norm is {norm}")
-        if wrong:
-            where = f"step {self.trainer.global_step} (after {self.tokens:,} tokens)"
-            raise FloatingPointError(f"{where}: {' and '.join(wrong)}; the weights were not changed")
-
     def validation_step(self, batch: Batch) -> None:
         self.val_nll.update(*self._nll(batch), batch.n_bytes)
 
@@ -248,9 +256,11 @@ class LitLM(LightningModule):
 
     def on_validation_epoch_end(self) -> None:
         self._log_scores("val", self.val_nll)
+        reshard(self.lm)
 
     def on_test_epoch_end(self) -> None:
         self._log_scores("test", self.test_nll)
+        reshard(self.lm)
 
     def _log_scores(self, stage: str, metric: TokenNLL) -> None:
         values = metric.compute()._asdict()  # summed over ranks
@@ -262,6 +272,8 @@ class LitLM(LightningModule):
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         write_header(checkpoint, self.lm, self.tokens)
+        if self.guard.skipped:
+            checkpoint[HEADER]["skipped"] = self.guard.skipped
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Raises ConfigError for a checkpoint of another model, naming the first setting that differs."""
@@ -270,6 +282,7 @@ class LitLM(LightningModule):
         settings, tokens = read_header(checkpoint, source)
         check_same_model(settings, self.lm.settings, source)
         self.tokens = tokens
+        self.guard.skipped = int(checkpoint[HEADER].get("skipped", 0))
         if self._limits_steps:
             self._limit_steps(checkpoint["global_step"])
 

@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from mixers.layers import FP32Module, fp32_parameter
+from mixers.layers import FP32Module, fp32_parameter, inverse_softplus
 
 
 def shifted(x: Tensor, first: Tensor | None, cu_seqlens: Tensor | None) -> Tensor:
@@ -125,6 +125,10 @@ class StepSize(FP32Module):
         with torch.no_grad():
             dt = self.dt_bias.uniform_(math.log(self.dt_min), math.log(self.dt_max)).exp_().clamp_min_(self.dt_floor)
             self.dt_bias.copy_(dt + torch.log(-torch.expm1(-dt)))  # the inverse of softplus
+
+    def initial_ranges(self) -> dict[str, tuple[float, float]]:
+        least, most = (max(dt, self.dt_floor) for dt in (self.dt_min, self.dt_max))
+        return {"dt_bias": (inverse_softplus(least), inverse_softplus(most))}
 
     def forward(self, f: Tensor, a: Tensor, trap: Tensor, theta: Tensor) -> Steps:
         """f, a, trap [.., H], theta [.., A]."""

@@ -18,6 +18,8 @@ COMMANDS: dict[str, tuple[str, str]] = {  # name: (module and function, what it 
     "mixers": ("mixers:run", "list mixers, their settings and the size of their state"),
     "preflight": ("preflight:run", "check a config: sizes, memory, optimizer groups; needs no GPU and no data"),
     "prepare": ("prepare:run", "tokenize a corpus once, into shards for data.path"),
+    "consolidate": ("consolidate:run", "one checkpoint file from a sharded one"),
+    "diff": ("diff:run", "why two runs differ, by their receipts"),
     "match": ("match:run", "the MLP width that gives a config so many parameters in its blocks"),
     "doctor": ("doctor:run", "what the ops run on here, proof that the kernels are right, what to mend"),
     "bench": ("bench:run", "times of the ops, a layer and decoding, beside other implementations"),
@@ -28,7 +30,7 @@ EXAMPLE = "recipes fit --config quickstart --model.lm.layout '[kda, swa]'"
 
 def usage() -> str:
     """The text of `--help`."""
-    lines = [f"  {name:<10} {what}" for name, (_, what) in COMMANDS.items()]
+    lines = [f"  {name:<11} {what}" for name, (_, what) in COMMANDS.items()]
     options = "  --help, --version, and COMMAND --help"
     return "\n".join(["usage: python -m recipes COMMAND ...", "", *lines, "", options, f"  example: python -m {EXAMPLE}"])
 

@@ -11,7 +11,7 @@ from lit_cases import one_thread as one_thread
 
 from recipes.__main__ import main
 
-RUN_FILES = {"config.yaml", "metrics.csv", "hparams.yaml", "checkpoints", "loss_curve.png", "sample.txt"}  # and TensorBoard's
+RUN_FILES = {"config.yaml", "receipt.json", "metrics.csv", "hparams.yaml", "checkpoints", "loss_curve.png", "sample.txt"}  # and TensorBoard's
 
 CONFIG: dict[str, Any] = {
     "model": {

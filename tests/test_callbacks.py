@@ -17,9 +17,10 @@ from lit_cases import Batches, make_batch, make_lit, make_lm, make_trainer, one_
 from rich.console import Console
 
 import lit_modules.callbacks as callbacks
-from lit_modules.callbacks import ProgressBar, RunSummary, Throughput
+from lit_modules.callbacks import ProgressBar, RunSummary
 from lit_modules.data import PackedText
 from lit_modules.loss_curve import LossCurve, short_number
+from lit_modules.throughput import Throughput
 from mixers.errors import ConfigError
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # Lightning's advice: no logger, few workers, ..
@@ -37,7 +38,6 @@ def text(tmp_path) -> PackedText:
 @pytest.mark.parametrize(
     ("make", "message"),
     [
-        (lambda: Throughput(window=0), r"Throughput\.window: must be at least 1, got 0"),
         (lambda: ProgressBar(plain_every_n_steps=0), r"ProgressBar\.plain_every_n_steps: must be at least 1, got 0"),
         (lambda: RunSummary(temperature=-1.0), "RunSummary: needs .* got 200, -1.0, 0.95"),
         (lambda: RunSummary(top_p=0.0), "RunSummary: needs "),
@@ -47,44 +47,6 @@ def text(tmp_path) -> PackedText:
 def test_settings_outside_their_range(make, message):
     with pytest.raises(ConfigError, match=message):
         make()
-
-
-# Throughput
-
-
-def test_throughput_is_a_moving_average_without_validation(monkeypatch):
-    clock = SimpleNamespace(now=0.0)
-    monkeypatch.setattr(callbacks.time, "perf_counter", lambda: clock.now)
-
-    class Pass(Callback):
-        """A micro-batch takes 1 s, the third step twice that, and a validation 1000 s."""
-
-        def on_train_batch_start(self, trainer, pl_module, batch, batch_idx) -> None:  # noqa: ARG002
-            clock.now += 2.0 if trainer.global_step == 2 else 1.0
-
-        def on_validation_epoch_end(self, trainer, pl_module) -> None:  # noqa: ARG002
-            clock.now += 1000.0
-
-    rates = []
-
-    class Read(Callback):
-        def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx) -> None:  # noqa: ARG002
-            if trainer.fit_loop._should_accumulate():
-                return
-            rate = trainer.callback_metrics.get("tokens_per_second")
-            rates.append(None if rate is None else float(rate))
-
-    trainer = make_trainer(
-        accumulate_grad_batches=2,
-        max_steps=5,
-        check_val_every_n_epoch=None,
-        val_check_interval=2,
-        num_sanity_val_steps=1,
-        callbacks=[Pass(), Throughput(window=2), Read()],
-    )
-    trainer.fit(make_lit(), Batches(*map(make_batch, range(10))), Batches(make_batch(20)))
-    # 24 tokens a step; seconds a step: 2, 2, 4, 2, 2
-    assert rates == [None, pytest.approx(12.0), pytest.approx(8.0), pytest.approx(8.0), pytest.approx(12.0)]
 
 
 # Progress bar
@@ -102,7 +64,8 @@ def test_plain_lines_where_there_is_no_terminal(capsys):
     trainer.fit(make_lit(), Batches(make_batch(0), make_batch(1)), Batches(make_batch(2)))
     lines = [line for line in capsys.readouterr().out.splitlines() if line.startswith("step ")]
     number = r"\d+\.\d{3}"
-    training = rf"step (\d)/7  loss {number}  bpb {number}  (tok/s \S+  )?lr \d\.\de-\d\d(  val {number})?  eta 0:00:\d\d"
+    measured = r"mem \d+(\.\d+)?GiB  wait \d+\.\d%"
+    training = rf"step (\d)/7  loss {number}  bpb {number}  (tok/s \S+  )?lr \d\.\de-\d\d(  val {number})?(  {measured})?  eta 0:00:\d\d"
     assert [re.fullmatch(training, line)[1] for line in lines if "validation" not in line] == ["1", "3", "6", "7"]
     validation = [line for line in lines if "validation" in line]
     assert len(validation) == 2

@@ -49,7 +49,7 @@ def test_help_of_a_command(command: str, capsys: pytest.CaptureFixture[str]) -> 
     assert main([command, "--help"]) == 0
     out = capsys.readouterr().out
     assert out.startswith(f"usage: python -m recipes {command}")
-    assert "--config" in out or command in ("generate", "doctor", "bench", "prepare")
+    assert "--config" in out or command in ("generate", "doctor", "bench", "prepare", "consolidate", "diff")
 
 
 # --- every subcommand as a user starts it ---
@@ -142,7 +142,7 @@ def built(*arguments: str, folder: Path | None = None) -> MixersCLI:
 def test_defaults() -> None:
     cli = built(folder=make_run_folder("runs"))
     names = [type(callback).__name__ for callback in cli.trainer.callbacks]
-    assert names == ["ProgressBar", "Throughput", "RunSummary", "Checkpoint"]
+    assert names == ["Throughput", "ProgressBar", "RunSummary", "StopOnSignal", "Checkpoint"]
     assert [logger.log_dir.rstrip("/") for logger in cli.trainer.loggers] == [str(cli.run_folder)] * 2
     assert cli.trainer.checkpoint_callback.save_last is True
     assert cli.config.trainer.use_distributed_sampler is False
@@ -155,7 +155,7 @@ def test_defaults() -> None:
 def test_parts_may_be_turned_off() -> None:
     off = ["--trainer.logger=false", "--trainer.enable_checkpointing=false", "--trainer.enable_progress_bar=false"]
     cli = built(*off, folder=make_run_folder("runs"))
-    assert [type(callback).__name__ for callback in cli.trainer.callbacks] == ["Throughput", "RunSummary"]
+    assert [type(callback).__name__ for callback in cli.trainer.callbacks] == ["Throughput", "RunSummary", "StopOnSignal"]
     assert not cli.trainer.loggers
 
 
@@ -213,6 +213,7 @@ def test_preflight_reports(here: Path, capsys: pytest.CaptureFixture[str]) -> No
         assert f"{number:,}" in out
     assert "384 = 2 x 32 x 3 (accumulated) x 2 (devices)" in out
     assert "steps            1 to 256 tokens" in out
+    assert " FLOPs to 256 tokens (no GPU here: GPU-hours are not known)" in out
     assert "activations" in out
     assert "decay" in out
     assert not (here / "runs").exists()

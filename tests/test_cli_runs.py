@@ -99,7 +99,8 @@ def test_settings_come_from_command_line_then_file_then_checkpoint_then_default(
 
 def test_checkpoint_alone_says_what_its_model_is(here: Path, trained: Path) -> None:
     assert main(["fit", f"--ckpt_path={last(trained)}", "--data.path=corpus.txt", "--data.val_path=corpus.txt", "--data.seq_len=32",
-                 "--model.max_tokens=257", "--model.warmup_tokens=0", "--trainer.accelerator=cpu", "--trainer.max_steps=5"]) == 0  # fmt: skip
+                 "--data.batch_size=2", "--model.max_tokens=257", "--model.warmup_tokens=0", "--trainer.accelerator=cpu",
+                 "--trainer.max_steps=5"]) == 0  # fmt: skip
     assert read_checkpoint(last(here))["global_step"] == 5
 
 

@@ -6,8 +6,10 @@ import re
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
+import reliability
 
 from recipes.__main__ import main
 
@@ -46,3 +48,53 @@ def test_worked_example_trains(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
 def test_links_lead_to_files(page: Path) -> None:
     for target in re.findall(r"\]\(([^)#]+)\)", page.read_text()):
         assert target.startswith("http") or (page.parent / target).exists(), f"{page.name}: {target}"
+
+
+# --- docs/reliability.md ---
+
+
+def test_the_committed_page_of_faults_follows_from_the_tests(tmp_path: Path) -> None:
+    page = tmp_path / "reliability.md"
+    done = subprocess.run([sys.executable, str(ROOT / "tests/reliability.py"), str(page)], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert page.read_text() == (ROOT / "docs/reliability.md").read_text(), "run: make reliability"
+    assert page.read_text().count("\n| ") > 5
+
+
+def item(name: str, *marks: pytest.MarkDecorator) -> SimpleNamespace:
+    """A test as pytest collects it."""
+    given = [mark.mark for mark in marks]
+    named = {mark.name: mark for mark in given}
+    return SimpleNamespace(nodeid=name, iter_markers=lambda name: [mark for mark in given if mark.name == name], get_closest_marker=named.get)
+
+
+def test_a_row_counts_cases_and_repetitions() -> None:
+    fault, other = pytest.mark.fault("disk full", "a limit", "nothing", each=3), pytest.mark.fault("killed", "SIGKILL", "nothing")
+    items = [
+        item("tests/test_b.py::two[1]", other),
+        item("tests/test_b.py::two[2]", other, fault),
+        item("tests/test_a.py::one", fault),
+        item("tests/test_a.py::no"),
+    ]
+    lines = reliability.page(reliability.read(items)).splitlines()
+    assert lines[-2:] == [
+        "| disk full | a limit | 6 | nothing | `test_a.py::one`, `test_b.py::two` |",
+        "| killed | SIGKILL | 2 | nothing | `test_b.py::two` |",
+    ]
+
+
+@pytest.mark.parametrize(
+    "marks",
+    [
+        [pytest.mark.fault("a", "b")],
+        [pytest.mark.fault("a", "b", "")],
+        [pytest.mark.fault("a", "b", "c|d")],
+        [pytest.mark.fault("a", "b", "c", each=0)],
+        [pytest.mark.fault("a", "b", "c", times=2)],
+        [pytest.mark.fault("a", "b", "c"), pytest.mark.skip],
+    ],
+    ids=str,
+)
+def test_marks_that_make_no_row(marks: list[pytest.MarkDecorator]) -> None:
+    with pytest.raises(ValueError, match=r"^tests/test_a\.py::one: "):
+        reliability.read([item("tests/test_a.py::one", *marks)])

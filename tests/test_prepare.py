@@ -55,6 +55,7 @@ def test_number_of_workers_changes_nothing(tmp_path: Path, monkeypatch: pytest.M
         assert ShardedTokens(index, split)[:].tolist() == joined(documents)
 
 
+@pytest.mark.fault("worker of `prepare` dies", "the process ends within a task", "nothing: one line says so")
 def test_a_worker_that_is_killed() -> None:
     with pytest.raises(ConfigError, match="workers: a worker process was killed"):
         list(unordered(os._exit, range(4), 1))
@@ -68,6 +69,12 @@ def test_a_worker_s_error_is_raised(tmp_path: Path) -> None:
     assert not (tmp_path / "out" / INDEX).exists()
 
 
+@pytest.mark.fault(
+    "`prepare` is killed",
+    "SIGKILL before every change of a file in turn, and again in the process that goes on",
+    "nothing: shards are the same bytes",
+    each=20,
+)
 def test_killed_before_every_change_of_a_file(tmp_path: Path) -> None:
     source = write_jsonl(tmp_path, 60)
     environment = {**os.environ, "PYTHONPATH": f"{ROOT}:{ROOT / 'tests'}"}
@@ -82,6 +89,7 @@ def test_killed_before_every_change_of_a_file(tmp_path: Path) -> None:
     assert any(int(left) for *_, left, _ in lines)
 
 
+@pytest.mark.fault("`prepare` is killed", "SIGKILL at random times, with worker processes", "nothing: shards are the same bytes")
 def test_killed_at_random_and_resumed(tmp_path: Path) -> None:
     """The real command with its workers."""
     source = write_jsonl(tmp_path, 3000)
@@ -116,6 +124,7 @@ def test_killed_at_random_and_resumed(tmp_path: Path) -> None:
 # --- what goes wrong ---
 
 
+@pytest.mark.fault("disk full in `prepare`", "no file may be longer than a limit", "nothing: the same command goes on where there is room")
 @pytest.mark.parametrize(("workers", "limit"), [(0, 1000), (1, 1000), (0, 2500)])
 def test_disk_full(tmp_path: Path, workers: int, limit: int) -> None:
     """No file may be longer than the limit: that of a unit is, or that of a shard."""

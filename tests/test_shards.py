@@ -121,6 +121,7 @@ def test_no_index(folder: Path) -> None:
     assert "shards.json cannot be read: Is a directory" in refuse(folder)
 
 
+@pytest.mark.fault("shard is missing or truncated", "a file is deleted, or loses its last byte", "nothing: training does not begin", each=2)
 @pytest.mark.parametrize("suffix", ["tokens", "starts"])
 def test_files_that_are_missing_or_cut(suffix: str, folder: Path) -> None:
     file = folder / f"train-00002.{suffix}"
@@ -139,6 +140,7 @@ def test_more_shards_than_a_process_may_open(folder: Path, monkeypatch: pytest.M
     assert "train-00000.tokens cannot be mapped into memory: Too many open files" in refuse(folder)
 
 
+@pytest.mark.fault("shard is corrupt", "one bit is flipped", "nothing: `prepare --check` names the file")
 @pytest.mark.parametrize("suffix", ["tokens", "starts"])
 def test_one_wrong_bit(suffix: str, folder: Path) -> None:
     file = folder / f"train-00001.{suffix}"
@@ -162,6 +164,7 @@ def write_tokens(folder: Path, change: dict[int, int]) -> None:
     index.write_text(index.read_text().replace(before, hash_of(file.read_bytes())))
 
 
+@pytest.mark.fault("token outside of the vocabulary", "written by a faulty writer, with its checksum", "nothing: the batch is refused")
 def test_token_out_of_range(folder: Path) -> None:
     write_tokens(folder, {10: 257})
     assert "train-00001.tokens has the token 257, but its vocabulary has 257 tokens" in refuse(folder)
@@ -184,6 +187,7 @@ def test_documents_without_separators(folder: Path) -> None:
     assert f"train-00001.tokens has {len(starts) - 1} documents, its index says {len(starts)}" in refuse(folder)
 
 
+@pytest.mark.fault("wrong tokenizer", "shards of another one", "nothing: training does not begin")
 def test_another_tokenizer(original: Path) -> None:
     class Other(ByteTokenizer):  # type: ignore[misc]
         def __init__(self) -> None:

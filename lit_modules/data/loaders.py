@@ -6,7 +6,7 @@ to replace: the order is the same with `use_distributed_sampler` on or off.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import NamedTuple, final
 
 import torch
@@ -16,6 +16,8 @@ from torch.utils.data import DataLoader, Sampler
 from lit_modules.data.stream import TokenArray
 from lit_modules.data.windows import Batch, Packer, Windows
 from mixers.errors import ConfigError
+
+STEP_TOKENS = "step_tokens"  # key of the tokens an optimizer step, in the state of the data
 
 
 class Shard(NamedTuple):
@@ -29,19 +31,22 @@ class Shard(NamedTuple):
 class MicroBatches(Sampler[list[int]]):
     """Sample indices, a micro-batch at a time: number m of rank r holds samples first + (m*W + r)*B ... + B - 1.
 
-    Every rank gets equally many. Where `stop` cuts the last ones short they are smaller, or empty.
+    Every rank gets equally many. Where `stop` cuts the last ones short they are smaller, or empty. With a `period` the samples begin again at 0
+    after so many.
     """
 
-    def __init__(self, first: int, stop: int, batch_size: int, shard: Shard) -> None:
+    def __init__(self, first: int, stop: int, batch_size: int, shard: Shard, period: int | None = None) -> None:
         self.first = first
         self.stop = stop
         self.batch_size = batch_size
         self.shard = shard
+        self.period = period
 
     def __iter__(self) -> Iterator[list[int]]:
         for step in range(len(self)):
             start = self.first + (step * self.shard.world_size + self.shard.rank) * self.batch_size
-            yield list(range(start, min(start + self.batch_size, self.stop)))
+            samples = range(start, min(start + self.batch_size, self.stop))
+            yield list(samples) if self.period is None else [sample % self.period for sample in samples]
 
     def __len__(self) -> int:
         return -(-(self.stop - self.first) // (self.batch_size * self.shard.world_size))
@@ -90,16 +95,18 @@ class EvaluationLoader:
 class TrainLoader:
     """Training samples 0, 1, 2, ... in micro-batches, each pass going on where the last one stopped.
 
-    A pass (Lightning's epoch) is len() micro-batches a rank: as many as one epoch of windows fills, at least one. What
+    A pass (Lightning's epoch) is len() micro-batches a rank: as many whole optimizer steps as one epoch of windows fills, at least one. What
     is left of the windows then comes first in the next pass: nothing is dropped, and a micro-batch may span two epochs.
     So the samples of step s are the same for every world size, batch size and accumulation with one product.
 
-    The position is counted in delivered samples over all ranks, so it does not matter how far workers run ahead.
-    It is saved and restored by `state_dict` and `load_state_dict`, also for another batch or world size.
+    The position is counted in samples over all ranks: those that were trained on, or delivered where nobody counts the trained ones. It does not
+    matter how far workers run ahead. `state_dict` and `load_state_dict` save and restore it, also for another batch or world size.
 
     Args:
+        accumulate: Micro-batches an optimizer step, on each rank.
         order: What the order depends on; a saved position is only taken up again in the same order.
-        repeat: Begin every pass at sample 0 (to overfit a few batches).
+        overfit: Lightning's overfit_batches: repeat the first so many micro-batches, or such a share of a pass. 0: do not.
+        trained: Tells the samples trained on since this loader was made.
     """
 
     def __init__(
@@ -110,41 +117,62 @@ class TrainLoader:
         shard: Shard,
         num_workers: int,
         *,
+        accumulate: int = 1,
         order: str = "",
-        repeat: bool = False,
+        overfit: float = 0,
+        trained: Callable[[], int] | None = None,
     ) -> None:
         self._windows = windows
         self._packer = packer
         self._batch_size = batch_size
         self._shard = shard
         self._num_workers = num_workers
+        self._accumulate = accumulate
         self._order = order
-        self._repeat = repeat
-        self._samples = 0
+        self._overfit = overfit
+        self._trained = trained
+        self._first = self._samples = 0  # where this loader began, and what it has delivered
 
     def __len__(self) -> int:
-        return max(1, len(self._windows) // (self._batch_size * self._shard.world_size))
+        return max(1, len(self._windows) // (self._step * self._accumulate)) * self._accumulate
+
+    @property
+    def _step(self) -> int:
+        """Samples of a micro-batch over all ranks."""
+        return self._batch_size * self._shard.world_size
+
+    @property
+    def _step_tokens(self) -> int:
+        """Tokens of an optimizer step."""
+        return self._step * self._accumulate * self._windows.seq_len
+
+    @property
+    def _period(self) -> int | None:
+        """Samples that are repeated."""
+        batches = min(self._overfit, len(self)) if isinstance(self._overfit, int) else int(self._overfit * len(self))
+        return batches * self._step or None
 
     def __iter__(self) -> Iterator[Batch]:
         # A generator: the position is read, and workers start, when the first batch is asked for. Lightning also
         # creates iterators that it never uses.
-        if self._repeat:
-            self._samples = 0
-        step = self._batch_size * self._shard.world_size
+        step = self._step
         stop = self._samples + len(self) * step
-        micro_batches = MicroBatches(self._samples, stop, self._batch_size, self._shard)
+        micro_batches = MicroBatches(self._samples, stop, self._batch_size, self._shard, self._period)
         for batch in _batches(self._windows, self._packer, micro_batches, self._num_workers):
             self._samples += step
             yield batch
 
     def state_dict(self) -> dict[str, int | str]:
-        """The samples delivered so far, over all ranks."""
-        return {"samples": self._samples, "order": self._order}
+        """The position, and the order and number of tokens a step that it was reached with."""
+        samples = self._samples if self._trained is None else self._first + self._trained()
+        return {"samples": samples, "order": self._order, STEP_TOKENS: self._step_tokens}
 
     def load_state_dict(self, state: dict[str, int | str]) -> None:
         """Goes on after the samples of `state`, or from sample 0 (with a warning) where the data are not the same."""
         if state["order"] == self._order:
-            self._samples = int(state["samples"])
+            self._first = self._samples = int(state["samples"])
+            if state.get(STEP_TOKENS, self._step_tokens) != self._step_tokens:
+                rank_zero_warn(f"data: {self._step_tokens} tokens an optimizer step from here on, the checkpoint's training had {state[STEP_TOKENS]}")
         else:
-            self._samples = 0
+            self._first = self._samples = 0
             rank_zero_warn("data: other data or settings than the checkpoint's, so training starts at their sample 0")

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any, final
 
 from lightning.pytorch import LightningDataModule
 from lightning.pytorch.trainer.states import TrainerFn
 
 from lit_modules.data.loaders import EvaluationLoader, Shard, TrainLoader
+from lit_modules.data.locate import locate
 from lit_modules.data.order import place
 from lit_modules.data.shards import Index, ShardStream, check_tokenizer, is_prepared, read_index, what_is_missing
 from lit_modules.data.stream import EncodedDocument, Stream, TokenArray, concatenate, divide, encode_corpus, identity_of
@@ -178,6 +180,11 @@ class PackedText(LightningDataModule):
         """Training sample `index`, a pure function of (seed, index): seq_len + 1 tokens, inputs and targets in one."""
         return self._split("train")[index]
 
+    def locate(self, index: int) -> dict[str, Any]:
+        """Where training sample `index` lies, see `lit_modules.data.locate`, and how its text begins."""
+        begins = self.tokenizer.decode([int(token) for token in self.sample(index)[:64] if token != self.tokenizer.bos_id])
+        return {**locate(self._split("train"), index), "begins": begins[:100]}
+
     def describe(self) -> dict[str, Any]:
         """What has been set up (all if nothing has), for logs and receipts: plain values, sizes and content hashes.
 
@@ -216,8 +223,10 @@ class PackedText(LightningDataModule):
             self.batch_size,
             self._shard(),
             self.num_workers,
+            accumulate=int(getattr(trainer, "accumulate_grad_batches", 1)),
             order=order,
-            repeat=bool(getattr(trainer, "overfit_batches", 0)),
+            overfit=getattr(trainer, "overfit_batches", 0),
+            trained=self._count_trained(),
         )
         if self._restored is not None:
             loader.load_state_dict(self._restored)
@@ -227,6 +236,14 @@ class PackedText(LightningDataModule):
             loader.load_state_dict(self._train_loader.state_dict())
         self._train_loader = loader
         return loader
+
+    def _count_trained(self) -> Callable[[], int] | None:
+        """Tells the samples trained on from here on, where the module counts its tokens as `LitLM` does: in whole optimizer steps."""
+        module: Any = getattr(self.trainer, "lightning_module", None)
+        before = getattr(module, "tokens", None)
+        if not isinstance(before, int):
+            return None
+        return lambda: (module.tokens - before) // self.seq_len
 
     def val_dataloader(self) -> EvaluationLoader:
         """Every validation window once, over all ranks together."""

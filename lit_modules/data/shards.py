@@ -239,6 +239,7 @@ class ShardStream:
 
     def __init__(self, index: Index, split: str, key: str = "data.path") -> None:
         total = index.total(split)
+        self.index, self.split = index, split
         self.tokens = ShardedTokens(index, split, key)
         self.documents = total.documents
         self.n_bytes = total.n_bytes

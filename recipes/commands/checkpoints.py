@@ -9,31 +9,52 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+from lightning.fabric.utilities.rank_zero import rank_zero_only
+
 from lit_modules.checkpoint import check_same_model, check_tensors, read_checkpoint, read_header
+from lit_modules.data import PackedText
+from lit_modules.data.loaders import STEP_TOKENS
 from lit_modules.decoder_lm import DecoderLM
+from lit_modules.intact import check_intact, last_good
+from lit_modules.parallel import FSDP2
+from lit_modules.sharded import read_index
 from mixers.errors import ConfigError
 from recipes.commands.config_files import Request, merge
+from recipes.commands.plan import Plan
 from recipes.commands.run_folder import CHECKPOINTS, default_root
 
 LAST = "last"
+AUTO = "auto"  # last, or the beginning where no run has saved anything yet
 TRAINING = ("optimizer_states", "lr_schedulers", "loops", "global_step")  # what Lightning needs to go on
 
 
 def find_checkpoint(path: str, *roots: Path) -> Path:
-    """The file or folder of a checkpoint; `last` is the newest `last.ckpt` of the runs in `roots`.
+    """The file or folder of a checkpoint; `last` (or `auto`) is the newest `last.ckpt` of the runs in `roots`.
 
     Raises:
-        ConfigError: there is none.
+        ConfigError: there is none. No other one is taken in its place, but the newest that is whole is named.
     """
-    if path != LAST:
+    if path not in (LAST, AUTO):
         found = Path(path).expanduser()
         if not found.exists():
-            raise ConfigError(f"ckpt_path: {path} does not exist (legal: a checkpoint, or last)")
+            raise ConfigError(f"ckpt_path: {path} does not exist (legal: a checkpoint, last or auto){last_good(_beside(found))}")
         return found
-    runs = [file for root in roots for file in root.glob(f"*/{CHECKPOINTS}/last.ckpt")]
+    runs = [file for file in _saved(*roots) if file.name == "last.ckpt"]
     if not runs:
-        raise ConfigError(f"ckpt_path: no run in {', '.join(map(str, roots)) or 'runs'} has a last.ckpt to go on from")
+        where = ", ".join(map(str, roots)) or "runs"
+        raise ConfigError(f"ckpt_path: no run in {where} has a last.ckpt to go on from{last_good(_saved(*roots))}")
     return max(runs, key=lambda file: file.stat().st_mtime)
+
+
+def _saved(*roots: Path) -> list[Path]:
+    """All checkpoints of the runs in some folders."""
+    return [file for root in roots for file in root.glob(f"*/{CHECKPOINTS}/*.ckpt")]
+
+
+def _beside(path: Path) -> list[Path]:
+    """The other checkpoints of a run, and those of the runs beside it."""
+    runs = path.absolute().parents[2:3] if path.absolute().parent.name == CHECKPOINTS else ()
+    return [file for file in [*path.absolute().parent.glob("*.ckpt"), *_saved(*runs)] if file != path.absolute()]
 
 
 def model_settings(path: Path) -> dict[str, Any]:
@@ -62,21 +83,42 @@ def with_checkpoint(request: Request, *, any_run: bool = False) -> tuple[Request
     Args:
         request: what the command line asks for.
         any_run: `last` without a config or a root is the newest of all in runs/.
+
+    Raises:
+        ConfigError: the checkpoint is missing, damaged or none of ours; the newest that is whole is named.
     """
     given = request.option("ckpt_path")
     if given in (None, "null"):
         return request, None
     root = request.option("trainer.default_root_dir")
     roots = [*Path("runs").glob("*")] if any_run and not root and not request.files else [Path(root or default_root(request.files))]
+    if given == AUTO and not _saved(*roots):
+        rank_zero_only(print)(f"checkpoint: none in {roots[0]} yet, so training starts at the beginning", flush=True)
+        return request, None
     path = find_checkpoint(str(given), *roots)
+    if rank_zero_only.rank == 0:  # type: ignore[attr-defined]
+        try:
+            check_intact(path, f"ckpt_path: {path}")
+        except ConfigError as error:
+            raise ConfigError(f"{error}{last_good({*_saved(*roots), *_beside(path)} - {path})}") from error
     return request._replace(config=merge({"model": {"lm": model_settings(path)}}, request.config)), path
 
 
 def check_model(path: Path, lm: DecoderLM) -> None:
-    """ConfigError unless the checkpoint holds the parameters of `lm`. The tensors of a sharded one are not looked at."""
+    """ConfigError unless the checkpoint holds the parameters of `lm`. A sharded one is looked at no further than whether all of it is there."""
     check_same_model({**model_settings(path), "seed": None}, lm.settings, f"the checkpoint {path}")
-    if not path.is_dir():
+    if path.is_dir():
+        read_index(path, f"ckpt_path: {path}")
+    else:
         check_tensors(_content(path)["state_dict"], lm, f"ckpt_path: {path}")
+
+
+def check_strategy(path: Path, strategy: object) -> None:
+    """ConfigError unless a strategy can read the checkpoint."""
+    if path.is_dir() and not isinstance(strategy, FSDP2):
+        raise ConfigError(
+            f"ckpt_path: {path} is a sharded checkpoint, which only fsdp2 reads; make it one file: python -m recipes consolidate {path}"
+        )
 
 
 def check_resumable(path: Path, max_tokens: int) -> None:
@@ -88,6 +130,19 @@ def check_resumable(path: Path, max_tokens: int) -> None:
     for key in TRAINING if not path.is_dir() else ():
         if key not in content:
             raise ConfigError(f"ckpt_path: {path} has no {key}: it holds weights only, training cannot go on from it")
+
+
+def check_batch(path: Path, plan: Plan, *, may_change: bool) -> None:
+    """ConfigError if an optimizer step would take other tokens than in the checkpoint's training, unless that is wanted."""
+    saved = _content(path).get(PackedText.__qualname__, {}).get(STEP_TOKENS, plan.tokens_a_step)
+    if may_change or saved == plan.tokens_a_step:
+        return
+    a_round = plan.micro_batch * plan.replicas
+    keep = f"set it to {saved // a_round}" if saved % a_round == 0 else f"no number of them makes that of {a_round:,} each: lower data.batch_size"
+    raise ConfigError(
+        f"trainer.accumulate_grad_batches: {plan.accumulate} on {plan.replicas} devices make {plan.tokens_a_step:,} tokens an optimizer step, "
+        f"the checkpoint {path} was trained with {saved:,}: {keep}, or --change_batch_size true"
+    )
 
 
 def run_config(path: Path) -> Path | None:

@@ -8,15 +8,17 @@ from typing import Any
 
 from jsonargparse import ArgumentError, Namespace
 from lightning.fabric.utilities.exceptions import MisconfigurationException
-from lightning.pytorch import Callback, LightningModule, Trainer
-from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch import Callback, Trainer
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.loggers import CSVLogger, Logger, TensorBoardLogger
 
-from lit_modules.callbacks import ProgressBar, RunSummary, Throughput
+from lit_modules.callbacks import ProgressBar, RunSummary
 from lit_modules.data import PackedText
 from lit_modules.decoder_lm import DecoderLM
 from lit_modules.lit_lm import LitLM
+from lit_modules.saving import Checkpoint
+from lit_modules.stopping import StopOnSignal
+from lit_modules.throughput import Throughput
 from mixers.errors import ConfigError
 from recipes.commands.config_files import LINKED, SECTIONS, Request, merge, not_settings
 from recipes.commands.parser_errors import explain
@@ -29,48 +31,6 @@ TRAINER_DEFAULTS = {
     "use_distributed_sampler": False,  # the data module deals samples to ranks itself
     "enable_model_summary": False,  # preflight says more
 }
-
-
-class Checkpoint(ModelCheckpoint):
-    """A ModelCheckpoint whose last.ckpt is the end of the training, however it ended; Lightning's may be as old as `every_n_train_steps` allows."""
-
-    _done: tuple[int, int] | None = None  # optimizer steps and tokens when this training began, or after its last whole batch
-
-    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        super().on_train_start(trainer, pl_module)
-        self._began = trainer.global_step
-        self._done = trainer.global_step, int(pl_module.tokens)  # type: ignore[arg-type]
-
-    def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int) -> None:
-        self._done = trainer.global_step, int(pl_module.tokens)  # type: ignore[arg-type]
-        super().on_train_batch_end(trainer, pl_module, outputs, batch, batch_idx)
-
-    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:  # noqa: ARG002
-        self._save_end(trainer)
-
-    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
-        """Saves what was learned, unless nothing was, or the weights are not finite and nobody asked to stop."""
-        super().on_exception(trainer, pl_module, exception)
-        if self._done is None or trainer.global_step <= self._began:
-            return
-        everywhere = isinstance(exception, (KeyboardInterrupt, FloatingPointError))  # on all ranks; saving waits for all of them
-        if trainer.world_size > 1 and not everywhere:
-            return
-        if not isinstance(exception, KeyboardInterrupt) and not all(p.isfinite().all() for p in pl_module.parameters()):
-            return
-        step, tokens = self._done
-        if step == trainer.global_step:  # the tokens of a step are counted before it is taken
-            pl_module.tokens = tokens  # type: ignore[assignment]
-        path = self._save_end(trainer)
-        if path is not None and trainer.is_global_zero:
-            print(f"checkpoint: {path} (step {trainer.global_step:,})", flush=True)
-
-    def _save_end(self, trainer: Trainer) -> Path | None:
-        if not self.save_last or not self.dirpath or getattr(trainer, "fast_dev_run", False):
-            return None
-        path = Path(self.dirpath) / f"{self.CHECKPOINT_NAME_LAST}{self.FILE_EXTENSION}"
-        trainer.save_checkpoint(path, self.save_weights_only)
-        return path
 
 
 def _on_meta(_: type[DecoderLM], **settings: Any) -> DecoderLM:
@@ -110,7 +70,13 @@ class MixersCLI(LightningCLI):
         parser.add_argument("--seed_everything", type=int, default=0, help="Initial values, order of the data, and torch's generators.")
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
-        parser.add_argument("--ckpt_path", type=str | None, default=None, help="A checkpoint, or `last`: the newest of default_root_dir.")
+        parser.add_argument(
+            "--ckpt_path",
+            type=str | None,
+            default=None,
+            help="A checkpoint, `last` (the newest of default_root_dir) or `auto` (that, if there is one).",
+        )
+        parser.add_argument("--change_batch_size", type=bool, default=False, help="Go on from a checkpoint with other tokens an optimizer step.")
         parser.add_lightning_class_args(Checkpoint, "checkpoint")
         parser.set_defaults({"checkpoint.save_last": True})
         parser.add_lightning_class_args(RunSummary, "summary")
@@ -162,7 +128,7 @@ class MixersCLI(LightningCLI):
         callbacks: list[Callback] = [ProgressBar()] if settings["enable_progress_bar"] is not False else []
         if self.command != "fit":
             return callbacks
-        callbacks += [Throughput(), self.config_init.summary]
+        callbacks = [Throughput(), *callbacks, self.config_init.summary, StopOnSignal()]
         return callbacks + ([self.config_init.checkpoint] if settings["enable_checkpointing"] is not False else [])
 
     def _loggers(self, given: Any) -> Any:

@@ -6,7 +6,7 @@ import json
 from typing import Any
 
 from mixers.errors import ConfigError
-from recipes.commands.checkpoints import check_model, run_config, with_checkpoint
+from recipes.commands.checkpoints import check_model, check_strategy, run_config, with_checkpoint
 from recipes.commands.cli import MixersCLI
 from recipes.commands.config_files import collect, merge, read_config
 from recipes.commands.plan import make_plan
@@ -50,5 +50,6 @@ def _prepare(command: str, argv: list[str]) -> tuple[MixersCLI, str]:
     cli = MixersCLI(command, request)
     check_model(path, make_plan(cli.config, needs_tokenizer=True).model.lm)
     cli.build()
+    check_strategy(path, cli.trainer.strategy)
     cli.datamodule.setup(command)  # see fit
     return cli, str(path)

@@ -2,20 +2,24 @@
 
 from __future__ import annotations
 
+import errno
 import shutil
+import sys
 from pathlib import Path
 
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.fabric.utilities.rank_zero import rank_zero_only
 
 from lit_modules.loss_curve import short_number
+from lit_modules.parallel import FSDP2, leave
+from lit_modules.stopping import Stopped, exit_code
 from mixers.errors import ConfigError
-from recipes.commands import gpu_ready, sizes
-from recipes.commands.checkpoints import check_model, check_resumable, with_checkpoint
+from recipes.commands import gpu_ready, out_of_memory, receipt, sizes
+from recipes.commands.checkpoints import check_batch, check_model, check_resumable, check_strategy, with_checkpoint
 from recipes.commands.cli import MixersCLI
 from recipes.commands.config_files import collect
 from recipes.commands.plan import Plan, make_plan
-from recipes.commands.run_folder import make_run_folder
+from recipes.commands.run_folder import CONFIG, make_run_folder
 
 
 def run(argv: list[str]) -> int:
@@ -26,22 +30,46 @@ def run(argv: list[str]) -> int:
     if checkpoint is not None:
         check_model(checkpoint, plan.model.lm)
         check_resumable(checkpoint, plan.model.max_tokens)
-        cli.config["ckpt_path"] = str(checkpoint)
+        check_batch(checkpoint, plan, may_change=cli.config.change_batch_size)
+    cli.config["ckpt_path"] = None if checkpoint is None else str(checkpoint)
     gpu = gpu_ready.device_of(cli.config.trainer) if _is_main_process() else None
     backends = [] if gpu is None else gpu_ready.get_ready(plan.model.lm, plan.precision, gpu)
     folder = None if cli.config.trainer.fast_dev_run else _run_folder(cli)
     try:
         cli.build(folder)
+        if checkpoint is not None:
+            check_strategy(checkpoint, cli.trainer.strategy)
         cli.datamodule.setup("fit")  # here, because Trainer hides its errors behind one of its own while the model is on the meta device
     except BaseException:
         if folder is not None and _is_main_process():
             shutil.rmtree(folder, ignore_errors=True)
         raise
     _announce(plan, folder, backends)
+    record = folder if _is_main_process() else None
     try:
-        cli.trainer.fit(cli.model, datamodule=cli.datamodule, ckpt_path=checkpoint, weights_only=True)
+        if record is not None and gpu is None:
+            backends = receipt.backends_of(plan.model.lm, plan.precision)
+        with receipt.kept(record, cli, argv, backends, checkpoint):
+            cli.trainer.fit(cli.model, datamodule=cli.datamodule, ckpt_path=checkpoint, weights_only=True)
     except MisconfigurationException as error:
         raise ConfigError(f"trainer: {error}") from error
+    except FloatingPointError:
+        if _is_main_process():
+            raise
+        return 1  # the first process has said it
+    except (RuntimeError, MemoryError) as error:
+        line = out_of_memory.explain(plan, error, sharded=isinstance(cli.trainer.strategy, FSDP2))
+        if line is None:
+            raise
+        print("error:", line, file=sys.stderr, flush=True)
+        return 1
+    except Stopped as stop:
+        return exit_code(cli.trainer, stop)
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+            raise
+        raise ConfigError(f"trainer.default_root_dir: {folder} cannot be written to: {error.strerror}") from error
+    leave()
     return 0
 
 
@@ -55,7 +83,7 @@ def _run_folder(cli: MixersCLI) -> Path:
     if not _is_main_process():
         return Path(root)
     folder = make_run_folder(root)
-    (folder / "config.yaml").write_text(cli.parser.dump(cli.config, skip_unset=False), encoding="utf-8")
+    (folder / CONFIG).write_text(cli.parser.dump(cli.config, skip_unset=False), encoding="utf-8")
     return folder
 
 

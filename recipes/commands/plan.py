@@ -19,7 +19,8 @@ from mixers.errors import ConfigError, unknown
 from recipes.commands.parser_errors import readable
 
 METRICS = (
-    *("train/loss", "train/bpb", "train/grad_norm", "lr", "tokens", "tokens_per_second", "val/loss", "val/perplexity", "val/bpb"),
+    *("train/loss", "train/bpb", "train/grad_norm", "train/skipped", "lr", "tokens", "val/loss", "val/perplexity", "val/bpb"),
+    *("tokens_per_second", "flops_per_token", "tflops_per_second", "mfu", "peak_memory_gib", "data_wait"),
     *("epoch", "step"),  # Lightning's
 )
 

@@ -5,14 +5,17 @@ from __future__ import annotations
 import sys
 from collections import defaultdict
 
+import torch
 from rich.console import Console
 from rich.table import Table
 
 from lit_modules.decoder_lm import DecoderLM
 from lit_modules.loss_curve import short_number
 from lit_modules.optim import describe_groups, group_table, optimizer_groups
+from lit_modules.peaks import peak_flops
+from lit_modules.throughput import flops_per_token
 from recipes.commands import sizes
-from recipes.commands.checkpoints import check_model, check_resumable, with_checkpoint
+from recipes.commands.checkpoints import check_batch, check_model, check_resumable, with_checkpoint
 from recipes.commands.cli import MixersCLI
 from recipes.commands.config_files import collect
 from recipes.commands.plan import Plan, make_plan
@@ -21,10 +24,12 @@ from recipes.commands.plan import Plan, make_plan
 def run(argv: list[str]) -> int:
     """Prints the plan of a config; the arguments are those of `fit`."""
     request, checkpoint = with_checkpoint(collect(argv))
-    plan = make_plan(MixersCLI("preflight", request).config, needs_tokenizer=False)
+    config = MixersCLI("preflight", request).config
+    plan = make_plan(config, needs_tokenizer=False)
     if checkpoint is not None:
         check_model(checkpoint, plan.model.lm)
         check_resumable(checkpoint, plan.model.max_tokens)
+        check_batch(checkpoint, plan, may_change=config.change_batch_size)
     console = Console(width=None if sys.stdout.isatty() else 140, highlight=False)
     lm, groups = plan.model.lm, optimizer_groups(plan.model.lm, plan.model.weight_decay)
     console.print(layer_table(lm, plan), parts_table(lm), group_table(describe_groups(groups)), memory_table(plan), sep="\n\n")
@@ -85,15 +90,28 @@ def facts(plan: Plan) -> dict[str, str]:
     """The rest, a line each."""
     lm, tokens = plan.model.lm, plan.data.seq_len
     state = sum(sizes.state_bytes(lm, tokens, sizes.precision_of(plan.precision).computed))
-    flops = lm.flops(tokens) / tokens
     fp32 = lm.parameter_groups().fp32
     batch = f"{plan.data.batch_size} x {tokens:,} x {plan.accumulate} (accumulated) x {plan.replicas} (devices)"
     return {
         "layout": f"[{', '.join(lm.settings['layout'])}] over {lm.settings['n_layers']} layers",
         "state": f"{sizes.bytes_text(state)} a sequence at {tokens:,} tokens",
-        "FLOPs a token": f"{short_number(flops)} forward, {short_number(sizes.TRAINING_FLOPS * flops)} in training",
+        "FLOPs a token": f"{short_number(lm.flops(tokens) / tokens)} forward, {short_number(flops_per_token(lm, tokens))} in training",
+        "cost": cost(plan),
         "dtypes": f"{plan.precision}; {sum(p.numel() for n, p in lm.named_parameters() if n in fp32):,} parameters stay float32",
         "tokens a step": f"{plan.tokens_a_step:,} = {batch}",
         "steps": f"{plan.steps:,} to {plan.model.max_tokens:,} tokens, {plan.model.warmup_tokens // plan.tokens_a_step:,} of them warm-up",
         **{f"note {i}": note for i, note in enumerate(plan.notes, 1)},
     }
+
+
+def cost(plan: Plan) -> str:
+    """Model FLOPs of the whole training, and GPU-hours on this machine's GPU if its peak is known."""
+    flops = flops_per_token(plan.model.lm, plan.data.seq_len) * plan.model.max_tokens
+    text = f"{flops:.2g} FLOPs to {plan.model.max_tokens:,} tokens"
+    gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else None
+    peak = None if gpu is None else peak_flops(gpu, plan.precision)
+    if peak is None:
+        why = "no GPU here" if gpu is None else f"the peak of {gpu} in {plan.precision} is not known"
+        return f"{text} ({why}: GPU-hours are not known)"
+    hours = sizes.gpu_hours(flops, peak)
+    return f"{text}; {hours:,.1f} GPU-hours on {gpu} if the MFU is {sizes.ASSUMED_MFU:.0%} (assumed) of {peak / 1e12:,.1f} TFLOP/s"

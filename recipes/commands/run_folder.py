@@ -1,4 +1,4 @@
-"""The folder of a run: every `fit` makes a new one, for its config, metrics, checkpoints, curve and sample."""
+"""The folder of a run: every `fit` makes a new one, for its config, receipt, metrics, checkpoints, curve and sample."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from pathlib import Path
 from mixers.errors import ConfigError
 
 CHECKPOINTS = "checkpoints"
+CONFIG, RECEIPT, METRICS = "config.yaml", "receipt.json", "metrics.csv"
 
 
 def default_root(configs: list[Path]) -> str:

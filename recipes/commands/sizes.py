@@ -9,7 +9,7 @@ from torch import nn
 
 from lit_modules.decoder_lm import Block, DecoderLM
 
-TRAINING_FLOPS = 3  # a backward pass costs two forwards
+ASSUMED_MFU = 0.4  # what a cost in GPU-hours is told for; a run logs its own
 
 
 class Precision(NamedTuple):
@@ -71,7 +71,8 @@ class Memory(NamedTuple):
     gradients: int
     optimizer: int
     copies: int  # of the matrices in the precision of the computation, under *-mixed
-    activations: int  # roughly: what the layers keep for the backward pass, and the logits
+    activations: int  # roughly: what the layers keep for the backward pass
+    logits: int  # with their softmax and its gradient
 
     @property
     def total(self) -> int:
@@ -91,8 +92,14 @@ def training_memory(lm: DecoderLM, tokens: int, precision: Precision) -> Memory:
         gradients=stored,
         optimizer=2 * stored,
         copies=matrices * precision.computed if precision.computed < precision.stored else 0,
-        activations=tokens * (kept * precision.computed + logits),
+        activations=tokens * kept * precision.computed,
+        logits=tokens * logits,
     )
+
+
+def gpu_hours(flops: float, peak: float, mfu: float = ASSUMED_MFU) -> float:
+    """Hours of one GPU with a peak in FLOP/s."""
+    return flops / (mfu * peak) / 3600
 
 
 def bytes_text(number: float) -> str:

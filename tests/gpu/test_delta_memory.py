@@ -20,7 +20,7 @@ from torch.utils.checkpoint import checkpoint
 
 from kernels.delta import backward
 
-SIZE = 64 if ON_GPU else 16
+SIZE = 64 if ON_GPU else 32
 LAUNCHES = ("state_gradients", "value_gradients", "score_gradients")
 READ_BY_STATE = {"Y", "P", "Qg", "Ktail", "gamma"}
 FREED = [set(), READ_BY_STATE, READ_BY_STATE | {"A", "v", "w"}]  # before each of the launches

@@ -1,0 +1,236 @@
+"""FSDP2: what is gathered together, in which dtype, and checkpoints that any strategy reads.
+
+FSDP2 keeps parameters, gradients and optimizer state of a model in shards, one on each process, and gathers the parameters of a unit while it runs.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from datetime import timedelta
+from pathlib import Path
+from typing import Any, NamedTuple, cast, final
+
+import torch
+from lightning.pytorch.strategies import ModelParallelStrategy, StrategyRegistry
+from torch import nn
+from torch.distributed.checkpoint.api import CheckpointException
+from torch.distributed.checkpoint.state_dict import (
+    StateDictOptions,
+    get_model_state_dict,
+    get_optimizer_state_dict,
+    set_model_state_dict,
+    set_optimizer_state_dict,
+)
+from torch.distributed.checkpoint.state_dict_loader import load
+from torch.distributed.constants import default_pg_timeout
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
+from torch.optim import Optimizer
+
+from lit_modules.decoder_lm import DecoderLM
+from lit_modules.saving import part_of, replace
+from lit_modules.sharded import META, named, numbered
+from mixers.errors import ConfigError
+
+PRECISIONS = ("32-true", "64-true", "bf16-mixed", "bf16-true")
+
+
+class Unit(NamedTuple):
+    """Parameters that are gathered when a module's forward begins, in one collective."""
+
+    module: nn.Module
+    names: frozenset[str]  # in the model
+    matrices: bool  # weights of linear layers, which autocast would round anyway
+    keep: bool  # gathered until the backward pass is through, not anew for it
+
+
+def plan(lm: DecoderLM) -> list[Unit]:
+    """The units of a model, every parameter in exactly one.
+
+    - A block: the linear layers in it.
+    - Its mixer: the parameters that stay float32, in a unit of their own since they are never cast, whatever the precision.
+    - The embedding, and the head.
+    - The model: what is left. Norms, convolutions and what several blocks share is small, and read where no forward of its own gathers it.
+
+    Raises:
+        TypeError: a parameter that stays float32 is shared by several mixers.
+    """
+    first = {parameter: name for name, parameter in lm.named_parameters()}  # a shared one has several names
+    every = list(lm.named_parameters(remove_duplicate=False))
+    fp32 = {first[parameter] for name, parameter in every if name in lm.parameter_groups().fp32}
+    linear = {first[p] for module in lm.modules() if isinstance(module, nn.Linear) for p in module.parameters(recurse=False)} - fp32
+    owners: dict[str, set[str]] = {name: set() for name in first.values()}  # blocks, embedding, head or norm
+    for name, parameter in every:
+        owners[first[parameter]].add(".".join(name.split(".")[: 2 if name.startswith("layers.") else 1]))
+    if shared := sorted(name for name in fp32 if len(owners[name]) > 1):
+        raise TypeError(f"{shared[0]}: stays float32 and is in several mixers; fsdp2 takes it in one")
+    units = []
+    for i, block in enumerate(lm.layers):
+        own = {name for name, where in owners.items() if where == {f"layers.{i}"}}
+        units.append(Unit(block, frozenset(own & linear), matrices=True, keep=False))
+        units.append(Unit(cast(nn.Module, block.mixer), frozenset(own & fp32), matrices=False, keep=True))
+    units.append(Unit(lm.embedding, frozenset(name for name, where in owners.items() if where == {"embedding"}), matrices=False, keep=False))
+    units.append(Unit(lm.head, frozenset(name for name, where in owners.items() if where == {"head"}), matrices=True, keep=True))
+    rest = frozenset(owners).difference(*(unit.names for unit in units))
+    return [Unit(lm, rest, matrices=False, keep=True), *(unit for unit in units if unit.names)]
+
+
+def shard(lm: DecoderLM, mesh: DeviceMesh, precision: str) -> None:
+    """Applies FSDP2 to a model, in place.
+
+    The result is that of one device in the same precision. Under bf16-mixed, matrices are gathered in bfloat16, to which autocast would round them
+    on one device too: half the bytes to send, and no second copy. All else stays in its own dtype, inputs included: autocast does the rest.
+    Gradients are summed over processes in at least float32, since a sum in bfloat16 would lose more the more there are.
+
+    Args:
+        lm: on the meta device or not.
+        mesh: one dimension, over which data and parameters are divided.
+        precision: one of `PRECISIONS`.
+    """
+    half = precision.startswith("bf16")
+    for unit in plan(lm):
+        fully_shard(
+            unit.module,
+            mesh=mesh,
+            reshard_after_forward=not unit.keep,
+            mp_policy=MixedPrecisionPolicy(
+                param_dtype=torch.bfloat16 if unit.matrices and precision == "bf16-mixed" else None,
+                reduce_dtype=torch.float32 if half else None,
+                cast_forward_inputs=False,
+            ),
+            ignored_params={parameter for name, parameter in lm.named_parameters() if name not in unit.names},
+        )
+
+
+def reshard(model: nn.Module) -> None:
+    """Frees what a forward without a backward pass has left gathered, which stands in the place of the parameters. Changes no other model."""
+    for module in model.modules():
+        if isinstance(module, FSDPModule):
+            module.reshard()
+
+
+def leave() -> None:
+    """Ends the connection with the other processes when all are through. One that exits without may abort, once in a while."""
+    if torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()
+
+
+@final
+class FSDP2(ModelParallelStrategy):
+    """Lightning's ModelParallelStrategy with FSDP2 over all processes, by the name fsdp2.
+
+    Its checkpoints are those of one device: one file, or a folder that `python -m recipes consolidate` makes into one.
+
+    Args:
+        save_distributed_checkpoint: Whether each process writes its shard into a folder. Otherwise the main process gathers all in its memory.
+        process_group_backend: Of torch.distributed; null: nccl on GPUs, gloo on CPUs.
+        timeout: After which a process that waits for the others gives up.
+    """
+
+    def __init__(
+        self,
+        save_distributed_checkpoint: bool = False,
+        process_group_backend: str | None = None,
+        timeout: timedelta | None = default_pg_timeout,
+    ) -> None:
+        super().__init__(
+            tensor_parallel_size=1,
+            save_distributed_checkpoint=save_distributed_checkpoint,
+            process_group_backend=process_group_backend,
+            timeout=timeout,
+        )
+        self._folder: Path | None = None  # the sharded checkpoint that is being read
+
+    def _configure_launcher(self) -> None:
+        # The first thing that Trainer calls with the precision known
+        if self.precision_plugin.precision not in PRECISIONS:
+            raise ConfigError(f"trainer.precision: fsdp2 takes {', '.join(PRECISIONS)}, got {self.precision_plugin.precision}")
+        super()._configure_launcher()
+
+    def setup_environment(self) -> None:
+        self._data_parallel_size = self.num_nodes * self.num_processes  # Lightning's default shares only nodes
+        super().setup_environment()
+
+    def shard(self, lm: DecoderLM) -> None:
+        """Applies FSDP2, if it has not been."""
+        if not isinstance(lm, FSDPModule):
+            shard(lm, self.device_mesh["data_parallel"], str(self.precision_plugin.precision))
+
+    # Checkpoints. Under FSDP2 Lightning numbers the parameters of an optimizer's state in the model's order; under all other strategies torch numbers
+    # them, in the order of the optimizer's groups. From a file of the one the other would give states to wrong parameters, without a word.
+
+    @property
+    def lightning_restore_optimizer(self) -> bool:
+        return True
+
+    def optimizer_state(self, optimizer: Optimizer) -> dict[str, Any]:
+        """The state to save: shards by parameter name for a folder; for one file as one device has it, on the main process only."""
+        optimizer = getattr(optimizer, "_optimizer", optimizer)  # Lightning's wrapper
+        whole = not self._save_distributed_checkpoint
+        reshard(self._whole)  # the optimizer's parameters are the shards
+        state = get_optimizer_state_dict(self._whole, optimizer, options=StateDictOptions(full_state_dict=whole, cpu_offload=True))
+        return numbered(state) if whole and state else dict(state)
+
+    def save_checkpoint(self, checkpoint: dict[str, Any], filepath: str | Path, storage_options: Any | None = None) -> None:
+        """A folder is written beside its place, then renamed."""
+        if not self._save_distributed_checkpoint:
+            return super().save_checkpoint(checkpoint, filepath, storage_options)
+        path = Path(self.broadcast(filepath))
+        try:
+            super().save_checkpoint(checkpoint, part_of(path), storage_options)
+        except CheckpointException as error:  # no Exception, and of many lines; raised on all processes
+            raise OSError(f"checkpoint {path} could not be written: {next(iter(error.failures.values()))[0]}") from error
+        self.barrier()
+        if self.is_global_zero:
+            replace(part_of(path), path)
+        self.barrier()
+        return None
+
+    def load_checkpoint(self, checkpoint_path: str | Path, weights_only: bool | None = None) -> dict[str, Any]:
+        """What is no tensor; tensors too if it is one file, mapped into memory."""
+        path = Path(self.broadcast(checkpoint_path))
+        self._folder = path if path.is_dir() else None
+        file = path if self._folder is None else path / META
+        checkpoint: dict[str, Any] = torch.load(file, map_location="cpu", mmap=True, weights_only=weights_only)
+        return checkpoint if self._folder is None else {"state_dict": {}, "optimizer_states": [], **checkpoint}
+
+    def load_model_state_dict(self, checkpoint: Mapping[str, Any], strict: bool = True) -> None:
+        """Each process takes its part."""
+        options = StateDictOptions(full_state_dict=self._folder is None, strict=strict)
+        state = checkpoint["state_dict"]
+        if self._folder is not None:
+            state = get_model_state_dict(self._whole)
+            load({"state_dict": state}, checkpoint_id=self._folder)
+        set_model_state_dict(self._whole, state, options=options)
+
+    def load_optimizer_state_dict(self, checkpoint: Mapping[str, Any]) -> None:
+        """Likewise."""
+        options = StateDictOptions(full_state_dict=self._folder is None)
+        for i, optimizer in enumerate(self.optimizers):
+            if self._folder is not None:
+                state = {f"optimizer_{i}": get_optimizer_state_dict(self._whole, optimizer)}
+                load(state, checkpoint_id=self._folder)
+                named_state = state[f"optimizer_{i}"]
+            else:
+                named_state = named(checkpoint["optimizer_states"][i], self._names(optimizer))
+            set_optimizer_state_dict(self._whole, optimizer, named_state, options=options)
+
+    @property
+    def _whole(self) -> nn.Module:
+        assert self.model is not None
+        return self.model
+
+    def _names(self, optimizer: Optimizer) -> list[str]:
+        """The names of an optimizer's parameters, in its own order."""
+        names = {parameter: name for name, parameter in self._whole.named_parameters()}
+        return [names[parameter] for group in optimizer.param_groups for parameter in group["params"]]
+
+
+StrategyRegistry.register("fsdp2", FSDP2, description="FSDP2 over all processes; checkpoints are one file", override=True)
+StrategyRegistry.register(
+    "fsdp2_sharded_checkpoint",
+    FSDP2,
+    description="FSDP2 over all processes; a checkpoint is a folder with a file a process",
+    override=True,
+    save_distributed_checkpoint=True,
+)

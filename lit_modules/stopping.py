@@ -1,0 +1,110 @@
+"""Signals that end a training: between two optimizer steps, on all ranks at once, never in the middle of one.
+
+Lightning's own handlers save or talk to other ranks from within the signal, wherever the training happens to be, and can hang.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import threading
+from types import FrameType
+from typing import Any, final
+
+import torch
+from lightning.fabric.plugins.environments.slurm import SLURMEnvironment
+from lightning.pytorch import Callback, LightningModule, Trainer
+
+PREEMPTED = 143  # 128 + SIGTERM: what a shell reports for a process that SIGTERM ended, so schedulers take it for what it is
+SIGNALS = [getattr(signal, name) for name in ("SIGTERM", "SIGINT", "SIGUSR1") if hasattr(signal, name)]
+
+
+class Stopped(Exception):  # noqa: N818 - no error
+    """A signal has asked the training to end, and all ranks have finished their step."""
+
+    def __init__(self, signum: int) -> None:
+        super().__init__(signal.Signals(signum).name)
+        self.signum = signum
+
+
+@final
+class StopOnSignal(Callback):
+    """Ends the training with `Stopped` after the optimizer step during which SIGTERM, SIGINT (Ctrl-C) or SIGUSR1 came, or within a validation.
+
+    A second Ctrl-C is Python's: it ends the process at once. Signals that come before the training are left to Lightning and Python.
+    """
+
+    def __init__(self) -> None:
+        self._signum = 0
+
+    def on_sanity_check_start(self, trainer: Trainer, pl_module: LightningModule) -> None:  # noqa: ARG002
+        self._install(trainer)
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:  # noqa: ARG002
+        self._install(trainer)
+
+    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:  # noqa: ARG002
+        if batch_idx % trainer.accumulate_grad_batches == 0:
+            self._stop(trainer)
+
+    def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:  # noqa: ARG002
+        self._stop(trainer)
+
+    def on_validation_batch_end(self, trainer: Trainer, *_: Any) -> None:
+        self._stop(trainer)
+
+    def _install(self, trainer: Trainer) -> None:
+        """In place of Lightning's handlers, which it has just set; it also puts back those that were there before."""
+        environment = trainer._accelerator_connector.cluster_environment
+        requeue = getattr(environment, "requeue_signal", None)
+        if threading.current_thread() is threading.main_thread():
+            for signum in {*SIGNALS, requeue} - {None}:
+                signal.signal(signum, self._note)
+
+    def _note(self, signum: int, frame: FrameType | None) -> None:
+        if signum == signal.SIGINT:
+            if self._signum == signal.SIGINT:
+                signal.default_int_handler(signum, frame)
+            os.write(2, b"\nstopping after this step; Ctrl-C again stops at once\n")  # print is not safe in a signal handler
+        self._signum = signum
+
+    def _stop(self, trainer: Trainer) -> None:
+        if trainer.state.fn != "fit" or trainer.should_stop:  # it is ending anyway
+            return
+        signum = self._signum
+        if trainer.world_size > 1:
+            signum = int(trainer.strategy.reduce(torch.tensor(signum, device=trainer.strategy.root_device), reduce_op="max"))
+        if signum:
+            raise Stopped(signum)
+
+
+def exit_code(trainer: Trainer, stop: Stopped) -> int:
+    """Says why the training has stopped, has SLURM requeue the job if Lightning's plugin would, and returns the exit code.
+
+    Ranks other than the first return 0: their exit code would be taken for a failure.
+
+    Raises:
+        KeyboardInterrupt: the signal was Ctrl-C's.
+    """
+    if not trainer.is_global_zero:
+        return 0
+    if stop.signum == signal.SIGINT:
+        raise KeyboardInterrupt from stop
+    print(f"stopped by {stop}; the same command line with --ckpt_path last goes on", file=sys.stderr, flush=True)
+    environment = trainer._accelerator_connector.cluster_environment
+    if isinstance(environment, SLURMEnvironment) and environment.auto_requeue and stop.signum == environment.requeue_signal:
+        _requeue()
+    return PREEMPTED
+
+
+def _requeue() -> None:
+    array = os.environ.get("SLURM_ARRAY_JOB_ID")
+    job = os.environ.get("SLURM_JOB_ID", "") if array is None else f"{array}_{os.environ.get('SLURM_ARRAY_TASK_ID')}"
+    try:
+        done = subprocess.run(["scontrol", "requeue", job], capture_output=True, text=True, check=False)
+        problem = done.stderr.strip() or f"exit code {done.returncode}" if done.returncode else ""
+    except OSError as error:
+        problem = str(error)
+    print(f"job {job} was not requeued: {problem}" if problem else f"job {job} is requeued", file=sys.stderr, flush=True)

@@ -1,0 +1,35 @@
+"""`consolidate`: one checkpoint file from the folder of a sharded one."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+
+from lit_modules.checkpoint import read_header
+from lit_modules.sharded import read_sharded
+from mixers.errors import ConfigError
+from recipes.commands.arguments import Arguments
+
+
+def run(argv: list[str]) -> int:
+    """Reads the folder into memory and writes one file, which is there only when it is whole."""
+    parser = Arguments("python -m recipes consolidate", "Makes one checkpoint file from a sharded one, which stays as it is.")
+    parser.add_argument("folder", help="a sharded checkpoint: a folder that fsdp2_sharded_checkpoint has saved")
+    parser.add_argument("--out", help="the file; default: beside the folder, last.ckpt becomes last.whole.ckpt")
+    given = parser.parse_args(argv)
+    folder = Path(given.folder).expanduser()
+    out = Path(given.out).expanduser() if given.out else folder.with_name(f"{folder.stem}.whole.ckpt")
+    if out.exists():
+        raise ConfigError(f"out: {out} exists; remove it, or give another --out")
+    checkpoint = read_sharded(folder, f"folder: {folder}")
+    read_header(checkpoint, f"folder: {folder}")
+    part = out.with_name(f"{out.name}.part")
+    try:
+        torch.save(checkpoint, part)
+        part.replace(out)
+    except (OSError, RuntimeError) as error:  # torch's writer raises RuntimeError for a missing folder, a full disk
+        part.unlink(missing_ok=True)
+        raise ConfigError(f"out: {out} cannot be written: {str(error).splitlines()[0]}") from error
+    print(f"checkpoint: {out} (step {checkpoint.get('global_step', 0):,}, {out.stat().st_size / 2**20:,.1f} MiB)")
+    return 0

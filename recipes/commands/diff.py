@@ -1,0 +1,105 @@
+"""`diff`: why two runs differ, by their receipts, configs and metrics."""
+
+from __future__ import annotations
+
+import csv
+import hashlib
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from mixers.errors import ConfigError
+from recipes.commands.arguments import Arguments
+from recipes.commands.config_files import read_config
+from recipes.commands.receipt import read_receipt
+from recipes.commands.run_folder import CONFIG, METRICS
+
+# in the order in which they explain a difference; what changes no number (times, the command line, folders) is not compared
+SECTIONS = (
+    *("data", "initial_weights", "config", "resumed", "processes", "strategy"),
+    *("versions", "source", "machine", "backends", "tiles", "environment"),
+)
+PLACES = tuple(f"config.{key}" for key in ("data.path", "data.val_path", "trainer.default_root_dir", "ckpt_path"))  # what lies there is compared
+NOTHING = "(none)"
+
+
+def run(argv: list[str]) -> int:
+    """Prints the differences, the most telling ones first; 1 if there are any."""
+    parser = Arguments("python -m recipes diff", "Why two runs differ: exit code 0 if they do not, 1 if they do.")
+    parser.add_argument("a", help="a run folder, or its receipt.json")
+    parser.add_argument("b", help="another one")
+    given = parser.parse_args(argv)
+    a, b = read_receipt(given.a, "a"), read_receipt(given.b, "b")
+    lines = [*differences(a, b, _configs(given.a, a, given.b, b)), *_outcomes(a, b)]
+    losses, equal = compare_losses(_folder(given.a), _folder(given.b))
+    print("\n".join([*(lines or ["no difference recorded"]), *losses]))
+    return int(bool(lines) or not equal)
+
+
+def differences(a: dict[str, Any], b: dict[str, Any], configs: tuple[dict[str, Any], dict[str, Any]] | None) -> Iterator[str]:
+    """A line for each value that is not the same in two receipts. `configs`: the settings of both runs, where they can be read."""
+    places = (*PLACES, "data.path") if a["data"].get("identity") == b["data"].get("identity") else PLACES
+    for section in SECTIONS:
+        pair = configs if section == "config" and configs is not None else (a.get(section), b.get(section))
+        left, right = (flat(value, section) for value in pair)
+        for key in dict.fromkeys([*left, *right]):
+            if key not in places and left.get(key) != right.get(key):
+                yield f"{key}: {_pair(left.get(key), right.get(key))}"
+
+
+def flat(value: Any, key: str) -> dict[str, Any]:
+    """The leaves of nested mappings by their dotted keys; empty ones and None are left out."""
+    if isinstance(value, dict):
+        return {name: leaf for part, inner in value.items() for name, leaf in flat(inner, f"{key}.{part}").items()}
+    return {} if value is None or value == [] else {key: value}
+
+
+def _pair(a: Any, b: Any) -> str:
+    return f"a {NOTHING if a is None else a}, b {NOTHING if b is None else b}"
+
+
+def _outcomes(a: dict[str, Any], b: dict[str, Any]) -> Iterator[str]:
+    left, right = (f"{r['outcome'].get('state')} at step {r['outcome'].get('step', 'unknown')}" for r in (a, b))
+    if left != right:
+        yield f"outcome: {_pair(left, right)}"
+
+
+def _folder(path: str) -> Path:
+    given = Path(path).expanduser()
+    return given if given.is_dir() else given.parent
+
+
+def _configs(path_a: str, a: dict[str, Any], path_b: str, b: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]] | None:
+    """The configs of both runs; None unless both lie beside their receipts, as they were when the runs began."""
+    found = []
+    for path, receipt in ((path_a, a), (path_b, b)):
+        file = _folder(path) / CONFIG
+        if not file.is_file():
+            return None
+        if hashlib.sha256(file.read_bytes()).hexdigest() != receipt["config"]["sha256"]:
+            print(f"note: {file} has been changed since its run; only whether the configs were the same is known")
+            return None
+        found.append(read_config(file))
+    return found[0], found[1]
+
+
+def compare_losses(a: Path, b: Path) -> tuple[list[str], bool]:
+    """What metrics.csv of two runs say about train/loss, and whether it is the same wherever both have it."""
+    left, right = _losses(a / METRICS), _losses(b / METRICS)
+    common = [step for step in left if step in right]
+    if not common:
+        return [], True
+    for step in common:
+        if left[step] != right[step] and not (left[step] != left[step] and right[step] != right[step]):  # NaN is the same as NaN
+            return [f"train/loss: differs first at step {step:,}: a {left[step]!r}, b {right[step]!r} ({right[step] - left[step]:+.3g})"], False
+    return [f"train/loss: the same in all {len(common):,} steps that both have"], True
+
+
+def _losses(file: Path) -> dict[int, float]:
+    if not file.is_file():
+        return {}
+    try:
+        with file.open(encoding="utf-8", newline="") as table:
+            return {int(row["step"]): float(row["train/loss"]) for row in csv.DictReader(table) if row.get("train/loss")}
+    except (ValueError, KeyError, UnicodeDecodeError, csv.Error) as error:
+        raise ConfigError(f"{file}: is not a table of metrics: {' '.join(str(error).split())}") from error

@@ -1,0 +1,209 @@
+"""receipt.json, in every run's folder: what has to be the same for another run to give the same numbers, and how the run ended."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import platform
+import subprocess
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any, final
+
+import torch
+from lightning.pytorch import Callback, LightningModule, Trainer
+from torch import Tensor
+
+from kernels import tiles
+from lit_modules.autopsy import FILE as AUTOPSY
+from lit_modules.data.shards import INDEX, replace_file
+from lit_modules.decoder_lm import DecoderLM
+from lit_modules.stopping import Stopped
+from mixers.errors import ConfigError
+from mixers.init import watched
+from recipes.commands import gpu_ready, machine
+from recipes.commands.cli import MixersCLI
+from recipes.commands.run_folder import CONFIG, RECEIPT
+
+FORMAT = 1
+PACKAGES = ("lightning-mixers", "torch", "lightning", "torchmetrics", "jsonargparse", "numpy")
+EXTRAS = ("mamba-ssm", "datasets", "pyarrow", "sentencepiece", "tokenizers")
+# variables that decide which algorithm, precision, order of sums or device is used
+ENVIRONMENT = ("CUDA_VISIBLE_DEVICES", "NVIDIA_TF32_OVERRIDE", "PYTHONHASHSEED", "CUBLAS_WORKSPACE_CONFIG")
+PREFIXES = ("NCCL_", "GLOO_", "TORCH_", "TORCHINDUCTOR_", "PYTORCH_", "TRITON_", "OMP_", "MKL_", "ATEN_", "CUDNN_")
+SOURCE = Path(__file__).parents[2]  # of a checkout, or where the packages are installed
+
+
+def read_receipt(path: str | Path, key: str) -> dict[str, Any]:
+    """The receipt of a run folder, or in a file.
+
+    Raises:
+        ConfigError: there is none, or it is not one.
+    """
+    file = Path(path).expanduser()
+    file = file / RECEIPT if file.is_dir() else file
+    try:
+        content = json.loads(file.read_text(encoding="utf-8"))
+    except FileNotFoundError as error:
+        raise ConfigError(f"{key}: {file} does not exist (legal: a run folder, or its {RECEIPT})") from error
+    except OSError as error:
+        raise ConfigError(f"{key}: {file} cannot be read: {error.strerror or error}") from error
+    except ValueError as error:
+        raise ConfigError(f"{key}: {file} is no receipt: it is not valid JSON") from error
+    if not isinstance(content, dict) or content.get("receipt") != FORMAT:
+        found = content.get("receipt") if isinstance(content, dict) else type(content).__name__
+        raise ConfigError(f"{key}: {file} is no receipt that this version can read (it needs receipt: {FORMAT}, has {found})")
+    return content
+
+
+@contextmanager
+def kept(folder: Path | None, cli: MixersCLI, argv: list[str], backends: list[str], checkpoint: Path | None) -> Iterator[None]:
+    """The training inside leaves a receipt in `folder`: when it begins, when its model is there, and when it has ended, however it does."""
+    if folder is None:
+        yield
+        return
+    receipt = Receipt(folder, cli, argv, backends, checkpoint)
+    cli.trainer.callbacks.append(receipt)  # type: ignore[attr-defined]
+    try:
+        with watched(receipt.see):
+            yield
+    except BaseException as error:
+        stopped = isinstance(error, (Stopped, KeyboardInterrupt)) or isinstance(error.__context__, KeyboardInterrupt)
+        receipt.end("stopped" if stopped else "failed", error)
+        raise
+    receipt.end("finished")
+
+
+@final
+class Receipt(Callback):
+    """The receipt of a run that is under way. Args: as `kept`."""
+
+    def __init__(self, folder: Path, cli: MixersCLI, argv: list[str], backends: list[str], checkpoint: Path | None) -> None:
+        self.file = folder / RECEIPT
+        self._drawn: dict[str, str] = {}  # hashes of initial values by name
+        self._trainer = cli.trainer
+        self._module = cli.model
+        config = (folder / CONFIG).read_bytes()
+        self.content: dict[str, Any] = {
+            "receipt": FORMAT,
+            "started": _now(),
+            "ended": None,
+            "outcome": {"state": "running"},  # what stays of a run that was killed
+            "command": ["python", "-m", "recipes", "fit", *argv],
+            "config": {"file": CONFIG, "sha256": hashlib.sha256(config).hexdigest()},
+            "data": _data(cli.datamodule),
+            "initial_weights": None,
+            "resumed": _resumed(checkpoint),
+            "processes": cli.trainer.world_size,
+            "strategy": type(cli.trainer.strategy).__name__,
+            "versions": _versions(),
+            "source": _source(),
+            "machine": _machine(),
+            "backends": backends,
+            "tiles": {},
+            "environment": {name: os.environ[name] for name in sorted(os.environ) if _matters(name)},
+        }
+        self._write()
+
+    def see(self, name: str, value: Tensor) -> None:
+        """An initial value, as `mixers.init.watched` shows it."""
+        digest = hashlib.sha256(f"{list(value.shape)} {value.dtype}".encode())
+        digest.update(value.contiguous().numpy())
+        self._drawn[name] = digest.hexdigest()
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:  # noqa: ARG002
+        lines = "\n".join(f"{name} {self._drawn[name]}" for name in sorted(self._drawn))
+        self.content["initial_weights"] = hashlib.sha256(lines.encode()).hexdigest()
+        self.content["processes"] = trainer.world_size
+        self._write()
+
+    def end(self, state: str, error: BaseException | None = None) -> None:
+        """How the training ended."""
+        outcome: dict[str, Any] = {"state": state, "step": self._trainer.global_step, "tokens": self._module.tokens}
+        if error is not None:
+            outcome["what"] = f"{type(error).__name__}: {' '.join(str(error).split())[:500]}".removesuffix(": ")
+        if self.file.with_name(AUTOPSY).is_file():
+            outcome["autopsy"] = AUTOPSY
+        ran = {
+            f"{op} {kernel}: {key.architecture}, {key.itemsize} bytes, size {key.size}": t.options() for (op, kernel, key), t in tiles.used.items()
+        }
+        self.content |= {"ended": _now(), "outcome": outcome, "tiles": dict(sorted(ran.items()))}
+        self._write()
+
+    def _write(self) -> None:
+        try:
+            replace_file(self.file, json.dumps(self.content, indent=1, default=str).encode())
+        except OSError as error:  # no reason to end a training
+            print(f"receipt: {self.file} could not be written: {error.strerror or error}", file=sys.stderr, flush=True)
+
+
+def backends_of(lm: DecoderLM, precision: str) -> list[str]:
+    """What every mixer's ops run on without a GPU; `gpu_ready.get_ready` says it for one."""
+    dtype, cpu = gpu_ready.DTYPES.get(precision, torch.float32), torch.device("cpu")
+    calls = {name: gpu_ready.trace(mixer, dtype, cpu) for name, (mixer, _) in gpu_ready.distinct(lm).items()}
+    return [f"layers {', '.join(map(str, where))} ({name}): {gpu_ready.describe(calls[name])}" for name, (_, where) in gpu_ready.distinct(lm).items()]
+
+
+def _matters(variable: str) -> bool:
+    return variable in ENVIRONMENT or (variable.startswith(PREFIXES) and not variable.endswith(("_DIR", "_PATH", "_FILE")))
+
+
+def _now() -> str:
+    return datetime.now(UTC).isoformat(timespec="seconds")
+
+
+def _data(data: Any) -> dict[str, Any]:
+    about: dict[str, Any] = data.describe()
+    for key in ("path", "val_path"):
+        index = Path(str(getattr(data, key))).expanduser() / INDEX
+        if index.is_file():
+            about[f"{key}_index"] = hashlib.sha256(index.read_bytes()).hexdigest()
+    return about
+
+
+def _resumed(checkpoint: Path | None) -> dict[str, Any] | None:
+    """The checkpoint, and the receipt of the run that wrote it while both lie where that run left them."""
+    if checkpoint is None:
+        return None
+    found = next((folder / RECEIPT for folder in list(checkpoint.absolute().parents)[:2] if (folder / RECEIPT).is_file()), None)
+    return {"checkpoint": str(checkpoint), "receipt": None if found is None else str(found)}
+
+
+def _versions() -> dict[str, str | None]:
+    versions: dict[str, str | None] = {name: machine.installed(name) for name in (*PACKAGES, *EXTRAS)}
+    versions |= {"python": platform.python_version(), "torch": torch.__version__, "triton": machine.triton_version()}
+    cudnn = torch.backends.cudnn.version() if torch.cuda.is_available() else None
+    return {**versions, "cuda": torch.version.cuda, "cudnn": None if cudnn is None else str(cudnn)}
+
+
+def _source() -> dict[str, Any]:
+    """The project's own code: a hash of it, and its commit if it is a checkout."""
+    digest = hashlib.sha256()
+    for package in ("kernels", "lit_modules", "mixers", "recipes"):
+        for file in sorted((SOURCE / package).rglob("*.py")):
+            digest.update(f"{file.relative_to(SOURCE).as_posix()} {hashlib.sha256(file.read_bytes()).hexdigest()}\n".encode())
+    commit, changes = (_git(*words) if (SOURCE / ".git").exists() else None for words in (("rev-parse", "HEAD"), ("status", "--porcelain")))
+    return {"sha256": digest.hexdigest(), "commit": commit, "dirty": None if changes is None else bool(changes)}
+
+
+def _git(*words: str) -> str | None:
+    try:
+        done = subprocess.run(["git", "-C", str(SOURCE), *words], capture_output=True, text=True, timeout=20, check=False)
+    except (OSError, subprocess.TimeoutExpired):
+        return None
+    return done.stdout.strip() if done.returncode == 0 else None
+
+
+def _machine() -> dict[str, Any]:
+    gpus = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())] if torch.cuda.is_available() else []
+    return {
+        "system": f"{platform.system()} {platform.machine()}",
+        "cpu": torch.backends.cpu.get_cpu_capability(),
+        "threads": torch.get_num_threads(),
+        "gpus": gpus,
+        "driver": machine.driver_version(Path("/proc/driver/nvidia/version")),
+    }
