@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Iterator
 from typing import Any
 
@@ -18,7 +17,6 @@ from kernels import delta_rule
 from kernels.delta import reference
 
 pytestmark = pytest.mark.gpu
-DRAWS = 4
 poisoned = pytest.mark.usefixtures("poison")
 
 
@@ -165,8 +163,10 @@ def test_does_not_wait_for_the_device(layout: str) -> None:
 
 @pytest.mark.parametrize("decay", ["slow", "mild", "mixed"])
 def test_errors_beside_flash_linear_attention(decay: str) -> None:
-    """Against float64 from the same rounded inputs (q and k normalised before they are rounded), tensor by tensor: at most 1.1 times theirs, over
-    several draws, for the largest of all errors is one number of many."""
+    """Against float64 from the same rounded inputs (q and k normalised before they are rounded), tensor by tensor: at most 1.1 times theirs.
+
+    In the Euclidean norm: the largest of a million errors moves by 20 % either way when one rounding of a dozen is left out (docs/log.md).
+    """
     gdn2 = pytest.importorskip("fla.ops.gdn2")
     case = case_of("gdn2", 128, 128, heads=4, batch=2, tokens=2048, decay=decay)
 
@@ -174,15 +174,14 @@ def test_errors_beside_flash_linear_attention(decay: str) -> None:
         o, final = gdn2.chunk_gdn2(q, k, v, g, b, w, scale=scale, initial_state=state, output_final_state=True)
         return o, final
 
-    ours, peer = Counter[str](), Counter[str]()
-    for seed in range(DRAWS):
-        inputs = make(case, seed)
-        inputs.leaves["q"] = F.normalize(inputs.leaves["q"], dim=-1)
-        inputs = inputs.rounded(torch.bfloat16, DEVICE)
-        wanted = expected(inputs)
-        ours.update(errors(run(kernel, inputs), wanted))
-        peer.update(errors(run(theirs, inputs), wanted))
+    inputs = make(case)
+    inputs.leaves["q"] = F.normalize(inputs.leaves["q"], dim=-1)
+    inputs = inputs.rounded(torch.bfloat16, DEVICE)
+    wanted = expected(inputs)
+    ours, peer = (
+        {name: float((x.double() - wanted[name]).norm() / wanted[name].norm()) for name, x in run(f, inputs).items()} for f in (kernel, theirs)
+    )
     if decay != "mixed":  # decays of -1000 are not what it is made for
-        assert max(peer.values()) < 0.1 * DRAWS, f"not the same function: {peer}"
-    larger = {name: (error / DRAWS, peer[name] / DRAWS) for name, error in ours.items() if not error <= 1.1 * peer[name]}
+        assert max(peer.values()) < 0.1, f"not the same function: {peer}"
+    larger = {name: (error, peer[name]) for name, error in ours.items() if not error <= 1.1 * peer[name]}
     assert not larger, f"(ours, theirs): {larger}"
