@@ -6,6 +6,7 @@ import csv
 import hashlib
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -24,7 +25,8 @@ from lit_modules.decoder_lm import DecoderLM
 from lit_modules.lit_lm import LitLM
 from mixers.init import watched
 from recipes.__main__ import main
-from recipes.commands import out_of_memory, receipt
+from recipes.commands import diff as diff_command
+from recipes.commands import diff_plot, out_of_memory, receipt
 from recipes.commands.cli import MixersCLI
 from recipes.commands.config_files import collect
 from recipes.commands.diff import SECTIONS, differences
@@ -308,6 +310,26 @@ def test_bad_receipts(content: str | None, message: str, runs: dict[str, Path], 
     assert main(["diff", str(runs["first"]), str(tmp_path)]) == 2
     (line,) = capsys.readouterr().err.splitlines()
     assert line == f"error: b: {tmp_path / 'receipt.json'} {message}"
+
+
+def test_a_picture_of_both_losses(runs: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    """A run that went on from another is drawn with it; the picture is a PNG."""
+    drawn: list[diff_plot.Curve] = []
+    monkeypatch.setattr(diff_command, "draw", lambda path, *curves: (drawn.extend(curves), diff_plot.draw(path, *curves)))
+    assert main(["diff", str(runs["again"]), str(runs["longer"]), f"--plot={tmp_path / 'losses.png'}"]) == 1
+    assert (tmp_path / "losses.png").read_bytes().startswith(b"\x89PNG")
+    whole, longer = drawn
+    own = {int(step): float(loss) for step, loss in losses_of(runs["longer"])}
+    assert longer.losses == {**{int(step): float(loss) for step, loss in losses_of(runs["first"])}, **own}
+    assert longer.began == [min(own)]
+    assert all(longer.losses[step] == loss for step, loss in whole.losses.items())
+    assert whole.began == []
+    capsys.readouterr()
+    assert main(["diff", str(runs["first"]), str(runs["again"]), f"--plot={tmp_path / 'missing' / 'losses.png'}"]) == 2
+    assert "error: plot: " in capsys.readouterr().err
+    shutil.copy(runs["first"] / "receipt.json", tmp_path)
+    assert main(["diff", str(runs["first"]), str(tmp_path), f"--plot={tmp_path / 'losses.png'}"]) == 2
+    assert capsys.readouterr().err == f"error: plot: run b: {tmp_path.name} has no train/loss in its metrics.csv\n"
 
 
 @pytest.mark.parametrize("arguments", [[], ["one"], ["one", "two", "three"]])

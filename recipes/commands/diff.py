@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import csv
 import hashlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 from mixers.errors import ConfigError
 from recipes.commands.arguments import Arguments
 from recipes.commands.config_files import read_config
+from recipes.commands.diff_plot import Curve, draw
 from recipes.commands.receipt import read_receipt
 from recipes.commands.run_folder import CONFIG, METRICS
 
@@ -28,10 +29,14 @@ def run(argv: list[str]) -> int:
     parser = Arguments("python -m recipes diff", "Why two runs differ: exit code 0 if they do not, 1 if they do.")
     parser.add_argument("a", help="a run folder, or its receipt.json")
     parser.add_argument("b", help="another one")
+    parser.add_argument("--plot", metavar="PNG", help="draw both training losses here, each with the runs that it went on from")
     given = parser.parse_args(argv)
     a, b = read_receipt(given.a, "a"), read_receipt(given.b, "b")
+    curves = _curve("a", given.a), _curve("b", given.b)
+    if given.plot:
+        draw(Path(given.plot), *curves)
     lines = [*differences(a, b, _configs(given.a, a, given.b, b)), *_outcomes(a, b)]
-    losses, equal = compare_losses(_folder(given.a), _folder(given.b))
+    losses, equal = compare_losses(*(curve.losses for curve in curves))
     print("\n".join([*(lines or ["no difference recorded"]), *losses]))
     return int(bool(lines) or not equal)
 
@@ -83,16 +88,25 @@ def _configs(path_a: str, a: dict[str, Any], path_b: str, b: dict[str, Any]) -> 
     return found[0], found[1]
 
 
-def compare_losses(a: Path, b: Path) -> tuple[list[str], bool]:
+def compare_losses(a: Mapping[int, float], b: Mapping[int, float]) -> tuple[list[str], bool]:
     """What metrics.csv of two runs say about train/loss, and whether it is the same wherever both have it."""
-    left, right = _losses(a / METRICS), _losses(b / METRICS)
-    common = [step for step in left if step in right]
+    common = sorted(a.keys() & b.keys())
     if not common:
         return [], True
     for step in common:
-        if left[step] != right[step] and not (left[step] != left[step] and right[step] != right[step]):  # NaN is the same as NaN
-            return [f"train/loss: differs first at step {step:,}: a {left[step]!r}, b {right[step]!r} ({right[step] - left[step]:+.3g})"], False
+        if a[step] != b[step] and not (a[step] != a[step] and b[step] != b[step]):  # NaN is the same as NaN
+            return [f"train/loss: differs first at step {step:,}: a {a[step]!r}, b {b[step]!r} ({b[step] - a[step]:+.3g})"], False
     return [f"train/loss: the same in all {len(common):,} steps that both have"], True
+
+
+def _curve(name: str, path: str) -> Curve:
+    """A run's losses and those of the runs that it went on from; of a step that was taken again, the last one."""
+    folders = [_folder(path)]
+    while (origin := ((read_receipt(str(folders[0]), name).get("resumed") or {}).get("receipt"))) and Path(origin).is_file():
+        folders.insert(0, Path(origin).parent)
+    parts = [_losses(folder / METRICS) for folder in folders]
+    losses = {step: loss for part in parts for step, loss in part.items()}
+    return Curve(f"{name}: {folders[-1].absolute().name}", losses, [min(part) for part in parts[1:] if part])
 
 
 def _losses(file: Path) -> dict[int, float]:
