@@ -131,6 +131,16 @@ def test_generate(trained: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert text == generated(trained, capsys, "--seed=3", "--max_new_tokens=20", "--tokenizer=bytes", "--device=cpu")
 
 
+def test_generate_reads_no_damaged_checkpoint(trained: Path, capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    """torch.load does not see a bit that is wrong."""
+    content = bytearray(last(trained).read_bytes())
+    weight = read_checkpoint(last(trained))["state_dict"]["lm.head.weight"].contiguous().numpy().tobytes()
+    content[content.index(weight) + 1] ^= 4
+    (tmp_path / "flipped.ckpt").write_bytes(content)
+    assert main(["generate", f"--ckpt_path={tmp_path / 'flipped.ckpt'}", "--tokenizer=bytes"]) == 2
+    assert "flipped.ckpt: is damaged: " in capsys.readouterr().err
+
+
 def test_generate_stops_at_the_end_of_the_document(trained: Path, capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     """A model whose head says nothing but the separator."""
     content = read_checkpoint(last(trained))

@@ -209,18 +209,24 @@ def test_a_checkpoint_says_the_same_whoever_wrote_it(writer: str, folder: Path, 
     assert found["lm"] == expected["lm"]
 
 
-@pytest.mark.fault("sharded checkpoint that is not whole", "files of it missing, cut or overwritten", "nothing: one line names the file", each=5)
+@pytest.mark.fault(
+    "sharded checkpoint that is not whole", "files of it missing, cut or overwritten, a bit flipped", "nothing: one line names the file", each=6
+)
 def test_consolidate_refuses_what_is_none(folder: Path, two: Results, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:  # noqa: ARG001
     good = folder / "folder-64-true.ckpt"
     shards = sorted(file.name for file in good.glob("*.distcp"))
     assert shards == ["__0_0.distcp", "__1_0.distcp"]
-    for name in ("missing", "short", "unfinished", "pickle", "foreign"):
+    for name in ("missing", "short", "unfinished", "pickle", "foreign", "flipped"):
         shutil.copytree(good, tmp_path / name)
     (tmp_path / "missing" / shards[1]).unlink()
     (tmp_path / "short" / shards[1]).write_bytes((good / shards[1]).read_bytes()[:-100])
     (tmp_path / "unfinished" / ".metadata").unlink()
     (tmp_path / "pickle" / ".metadata").write_bytes(b"none")
     torch.save({"epoch": 1}, tmp_path / "foreign" / "meta.pt")
+    content = bytearray((good / shards[0]).read_bytes())
+    values = max(re.finditer(rb"(?s)data/0FB(.*?)PK", bytes(content)), key=lambda found: len(found[1]))
+    content[(values.start(1) + values.end(1)) // 2] ^= 4
+    (tmp_path / "flipped" / shards[0]).write_bytes(content)
     (tmp_path / "empty").mkdir()
     (tmp_path / "file").touch()
     (tmp_path / "good.whole.ckpt").touch()
@@ -234,6 +240,7 @@ def test_consolidate_refuses_what_is_none(folder: Path, two: Results, tmp_path: 
         (["missing"], r"the shard __1_0.distcp is missing \(it has 2\)"),
         (["short"], "the shard __1_0.distcp is truncated"),
         (["foreign"], "it has no key 'lightning_mixers'"),
+        (["flipped"], "__0_0.distcp: is damaged: "),
         (["good.ckpt"], "out: .*good.whole.ckpt exists"),
         (["good.ckpt", "--out", "none/a.ckpt"], "out: .*a.ckpt cannot be written"),
     ):

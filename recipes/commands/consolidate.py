@@ -7,6 +7,7 @@ from pathlib import Path
 import torch
 
 from lit_modules.checkpoint import read_header
+from lit_modules.intact import check_intact
 from lit_modules.sharded import read_sharded
 from mixers.errors import ConfigError
 from recipes.commands.arguments import Arguments
@@ -24,6 +25,7 @@ def run(argv: list[str]) -> int:
         raise ConfigError(f"out: {out} exists; remove it, or give another --out")
     checkpoint = read_sharded(folder, f"folder: {folder}")
     read_header(checkpoint, f"folder: {folder}")
+    check_intact(folder, f"folder: {folder}")  # the file would have fresh checksums of whatever was read
     part = out.with_name(f"{out.name}.part")
     try:
         torch.save(checkpoint, part)

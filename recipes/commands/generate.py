@@ -11,6 +11,7 @@ import torch
 from lit_modules.checkpoint import load_lm
 from lit_modules.data.tokenizer import Tokenizer, load_tokenizer
 from lit_modules.decoder_lm import Sampling
+from lit_modules.intact import check_intact
 from mixers.base import at_least_one
 from mixers.errors import ConfigError
 from recipes.commands.arguments import Arguments
@@ -27,6 +28,7 @@ def run(argv: list[str]) -> int:
     _in_range("seed", given.seed, 0 <= given.seed < 2**64, "in 0 .. 2**64 - 1")
     path = find_checkpoint(given.ckpt_path, *Path("runs").glob("*"))
     lm = load_lm(path, _device(given.device))
+    check_intact(path, f"ckpt_path: {path}")
     tokenizer = _tokenizer(path, given.tokenizer)
     if tokenizer.vocab_size > lm.settings["vocab_size"]:
         sizes = f"{tokenizer.vocab_size} tokens, the model {lm.settings['vocab_size']}"
