@@ -13,7 +13,6 @@ from typing import Any, NamedTuple, cast, final
 import torch
 from lightning.pytorch.strategies import ModelParallelStrategy, StrategyRegistry
 from torch import nn
-from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.state_dict import (
     StateDictOptions,
     get_model_state_dict,
@@ -28,7 +27,7 @@ from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.optim import Optimizer
 
 from lit_modules.decoder_lm import DecoderLM
-from lit_modules.saving import part_of, replace
+from lit_modules.saving import write
 from lit_modules.sharded import META, named, numbered
 from mixers.errors import ConfigError
 
@@ -172,19 +171,10 @@ class FSDP2(ModelParallelStrategy):
         return numbered(state) if whole and state else dict(state)
 
     def save_checkpoint(self, checkpoint: dict[str, Any], filepath: str | Path, storage_options: Any | None = None) -> None:
-        """A folder is written beside its place, then renamed."""
+        """A folder is written beside its place, then renamed; see `saving.write`."""
         if not self._save_distributed_checkpoint:
             return super().save_checkpoint(checkpoint, filepath, storage_options)
-        path = Path(self.broadcast(filepath))
-        try:
-            super().save_checkpoint(checkpoint, part_of(path), storage_options)
-        except CheckpointException as error:  # no Exception, and of many lines; raised on all processes
-            raise OSError(f"checkpoint {path} could not be written: {next(iter(error.failures.values()))[0]}") from error
-        self.barrier()
-        if self.is_global_zero:
-            replace(part_of(path), path)
-        self.barrier()
-        return None
+        return write(self, checkpoint, self.broadcast(str(filepath)))
 
     def load_checkpoint(self, checkpoint_path: str | Path, weights_only: bool | None = None) -> dict[str, Any]:
         """What is no tensor; tensors too if it is one file, mapped into memory."""
