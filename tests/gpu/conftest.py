@@ -4,11 +4,12 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from gpu_cases import ON_GPU
 
 if not ON_GPU:
@@ -27,6 +28,14 @@ def pytest_collection_modifyitems(items: Sequence[pytest.Item]) -> None:
     for item in items:
         if item.get_closest_marker("gpu") and not ON_GPU:
             item.add_marker(pytest.mark.skip(reason="needs a GPU"))
+
+
+@pytest.fixture(autouse=True)
+def memory_for_others() -> Iterator[None]:
+    """torch would keep what a test has allocated, and other processes that share the GPU find it full."""
+    yield
+    if ON_GPU:
+        torch.cuda.empty_cache()
 
 
 # --- the page of `make test-gpu` ---
