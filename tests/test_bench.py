@@ -171,7 +171,7 @@ def test_a_peer_that_fails_is_left_out(tmp_path: Path, capsys: pytest.CaptureFix
 
 def test_a_layer_is_proved_against_float64() -> None:
     layer = GatedDeltaNet2(16, num_heads=2, head_dim=8)
-    entry = bench_layer.entry_of("ours", layer, torch.randn(2, 20, 16, generator=torch.Generator().manual_seed(0)), torch.float32)
+    entry = bench_layer.entry_of("gdn2 layer", "ours", layer, torch.randn(2, 20, 16, generator=torch.Generator().manual_seed(0)), torch.float32)
     assert bench_layer.error_of(entry, layer) < 1e-5
     assert len(entry.forward_backward()) == 1 + len(list(layer.parameters()))
     wrong = entry._replace(function=lambda **leaves: 1.2 * entry.function(**leaves))

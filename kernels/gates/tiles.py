@@ -13,3 +13,9 @@ TILES = TileTable(
     },
     tuned={},
 )
+
+# what `bench tune` tries
+CANDIDATES = {
+    "forward": [Tile(warps, 1, {"TILE": tile, "ROWS": rows}) for tile, warps in ((2048, 4), (4096, 4), (4096, 8)) for rows in (8, 16, 32)],
+    "backward": [Tile(warps, 1, {"TILE": tile, "ROWS": rows}) for tile, warps in ((1024, 4), (2048, 4), (4096, 8)) for rows in (16, 32, 64)],
+}

@@ -8,7 +8,7 @@ from mixers.errors import ConfigError, unknown
 
 COMMANDS = {
     "op": ("bench_ops", "the ops, forward and backward"),
-    "layer": ("bench_layer", "a whole GDN-2 layer under autocast"),
+    "layer": ("bench_layer", "whole mixers under autocast"),
     "decode": ("bench_decode", "a decode step, in a CUDA graph and eager, beside a copy of the state"),
     "tune": ("bench_tune", "candidates for the rows of a tile table"),
     "plot": ("bench_plot", "docs/benchmarks.md and its plots from the rows"),

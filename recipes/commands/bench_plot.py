@@ -14,7 +14,7 @@ from recipes.commands.bench_rows import Row
 
 KINDS = {
     "op": "The ops",
-    "layer": "A whole GDN-2 layer, under autocast",
+    "layer": "Whole mixers, under autocast",
     "decode": "One token of decoding",
 }
 INTRO = """# Benchmarks
@@ -22,7 +22,8 @@ INTRO = """# Benchmarks
 Written by `python -m recipes bench plot` from the rows in `benchmarks/`, which `python -m recipes bench op`, `layer` and `decode` add to. The
 newest row of each implementation and shape is shown. Implementations that stand together were timed in one process on the same tensors, in turns,
 with cold caches; times are medians. A kernel whose results at a shape are not those of the float64 reference gets no row. `gdn2` begins with
-normalised queries and keys; `gdn2+norm` begins with raw ones and times each side's own norm with the op.
+normalised queries and keys; `gdn2+norm` begins with raw ones and times each side's own norm with the op. The host runs ahead of the GPU, as inside
+of a model: a time is that of the GPU. Only `decode` includes waiting for the host, in its eager rows.
 """
 NOTHING = "\nNo rows yet: they are measured on a GPU.\n"
 
