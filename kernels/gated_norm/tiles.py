@@ -13,3 +13,9 @@ TILES = TileTable(
     },
     tuned={},
 )
+
+# what `bench tune` tries
+CANDIDATES = {
+    "forward": [Tile(warps, 1, {"TILE": tile, "STEPS": steps}) for tile, warps in ((1024, 4), (2048, 4), (4096, 4), (4096, 8)) for steps in (1, 2)],
+    "backward": [Tile(warps, 1, {"TILE": tile, "STEPS": steps}) for tile, warps in ((1024, 4), (2048, 4), (2048, 8)) for steps in (4, 8, 16, 32)],
+}

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from kernels.tiles import Tile, TileTable
+from kernels.tiles import Key, Tile, TileTable
 
 # TILE entries are held at a time; a program walks over ROWS rows
 TILES = TileTable(
@@ -11,11 +11,14 @@ TILES = TileTable(
         "forward": Tile(num_warps=4, num_stages=1, blocks={"TILE": 4096, "ROWS": 16}),
         "backward": Tile(num_warps=4, num_stages=1, blocks={"TILE": 2048, "ROWS": 64}),
     },
-    tuned={},
+    tuned={
+        "forward": {Key("sm_90", 2, 1024): Tile(num_warps=8, num_stages=1, blocks={"TILE": 4096, "ROWS": 8})},
+        "backward": {Key("sm_90", 2, 1024): Tile(num_warps=4, num_stages=1, blocks={"TILE": 1024, "ROWS": 16})},
+    },
 )
 
 # what `bench tune` tries
 CANDIDATES = {
     "forward": [Tile(warps, 1, {"TILE": tile, "ROWS": rows}) for tile, warps in ((2048, 4), (4096, 4), (4096, 8)) for rows in (8, 16, 32)],
-    "backward": [Tile(warps, 1, {"TILE": tile, "ROWS": rows}) for tile, warps in ((1024, 4), (2048, 4), (4096, 8)) for rows in (16, 32, 64)],
+    "backward": [Tile(warps, 1, {"TILE": tile, "ROWS": rows}) for tile, warps in ((1024, 2), (1024, 4), (2048, 4)) for rows in (16, 64, 128)],
 }
