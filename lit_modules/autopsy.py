@@ -22,7 +22,7 @@ from torch.optim import Optimizer
 from lit_modules.data.shards import replace_file
 from lit_modules.data.windows import Batch
 from lit_modules.decoder_lm import DecoderLM
-from lit_modules.tracer import bad_tensors, gathered, run_again
+from lit_modules.tracer import Range, bad_tensors, gathered, parameter_ranges, parts, run_again
 
 FILE = "autopsy.json"
 KEPT = 20  # steps whose loss, gradient norm and learning rate are remembered
@@ -143,7 +143,7 @@ def write_autopsy(trainer: Trainer, lm: DecoderLM, guard: StepGuard, loss_of: Ca
 
 
 def _cause(trainer: Trainer, lm: DecoderLM, guard: StepGuard, loss_of: Callable[[Batch], Tensor]) -> dict[str, Any]:
-    """The first thing that is not finite: a parameter, an activation or a gradient; with the rank and micro-batch, and the gates there."""
+    """The first thing that is not finite: a parameter, an activation or a gradient; with the rank and micro-batch, the gates and ranges there."""
     parameters = bad_tensors(((name, p) for name, p in lm.named_parameters()))
     gradients = bad_tensors(((name, p.grad) for name, p in reversed(list(lm.named_parameters())) if p.grad is not None))
     losses = [math.isfinite(float(loss)) for loss in guard.losses]
@@ -169,7 +169,27 @@ def _cause(trainer: Trainer, lm: DecoderLM, guard: StepGuard, loss_of: Callable[
         found["first"] = {"kind": "gradient", "tensor": found["bad_gradients"][0], "note": "the step run again is finite"}
     if found.get("first"):
         found["first"] |= _layer(lm, found["first"]["tensor"])
-    return found
+    return found | {"ranges": _ranges(lm, found.pop("outputs", {}))}
+
+
+def _ranges(lm: DecoderLM, outputs: dict[str, Range]) -> dict[str, dict[str, Any]]:
+    """Of the parameters and the output of each layer, embedding, norm and head: least, largest, and largest by size."""
+    every = parameter_ranges(lm)
+    ranges: dict[str, dict[str, Any]] = {}
+    for module, part in parts(lm).items():
+        inside = {name: _sized(r) for name, r in every.items() if name.startswith(f"{module}.") and not math.isnan(r["min"])}
+        about = ranges.setdefault(part, {})
+        if inside:
+            largest = max(inside, key=lambda name: inside[name]["abs_max"])
+            low, high = min(r["min"] for r in inside.values()), max(r["max"] for r in inside.values())
+            about["parameters"] = {"min": low, "max": high, "abs_max": inside[largest]["abs_max"], "largest": largest}
+        if part in outputs:
+            about["output"] = _sized(outputs[part])
+    return ranges
+
+
+def _sized(found: Range) -> Range:
+    return {**found, "abs_max": max(abs(found["min"]), abs(found["max"]))}
 
 
 def _layer(lm: DecoderLM, tensor: str) -> dict[str, Any]:
@@ -225,7 +245,8 @@ def readable(about: dict[str, Any]) -> list[str]:
         where = f", layer {first['layer']} ({first['mixer']})" if first["layer"] is not None else ""
         count = f", {first['not_finite']:,} of {first['of']:,} not finite" if "of" in first else ""
         note = f"; {first['note']}" if "note" in first else ""
-        lines.append(f"  first: {first['kind']}: {first['tensor']}{count}{where}{note}")
+        op = f" ({first['op']})" if "op" in first else ""
+        lines.append(f"  first: {first['kind']}: {first['tensor']}{op}{count}{where}{note}")
     lines.append(f"  micro-batch {about.get('micro_batch', 0) + 1} of {about['micro_batches']} on rank {about.get('rank', 0)}")
     for kind in ("parameters", "gradients"):
         if bad := about.get(f"bad_{kind}"):
@@ -235,7 +256,21 @@ def readable(about: dict[str, Any]) -> list[str]:
         if first is None or first["layer"] is None or layer.split()[0] == str(first["layer"]):
             ranges = (f"{name} {r['min']:.3g} .. {r['max']:.3g}{' (and not finite)' * bool(r['not_finite'])}" for name, r in gates.items())
             lines.append(f"  gates of layer {layer}: {', '.join(ranges)}")
+    if largest := _largest(about["ranges"]):
+        lines.append(f"  largest: {largest}")
     if about["samples"]:
         lines.append(f"  samples: {', '.join(str(place['sample']) for place in about['samples']['micro_batch'])}")
     norms = ", ".join(f"{step['grad_norm']:.3g}" for step in about["last_steps"][-LISTED:])
     return [*lines, f"  gradient norms before: {norms or 'none'}"]
+
+
+def _largest(ranges: dict[str, dict[str, Any]]) -> str:
+    """The largest parameter, and the largest output of a layer or another part of the model."""
+    found = []
+    for kind in ("parameters", "output"):
+        sizes = {part: about[kind]["abs_max"] for part, about in ranges.items() if kind in about and not math.isnan(about[kind]["abs_max"])}
+        if sizes:
+            part = max(sizes, key=lambda name: sizes[name])
+            where = f"in {ranges[part][kind]['largest']}" if kind == "parameters" else f"of {'layer ' * part[0].isdigit()}{part}"
+            found.append(f"{kind.removesuffix('s')} {sizes[part]:.3g} {where}")
+    return ", ".join(found)

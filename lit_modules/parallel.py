@@ -1,17 +1,20 @@
-"""FSDP2: what is gathered together, in which dtype, and checkpoints that any strategy reads.
+"""Several processes: the strategies that a config may name; FSDP2: what is gathered together, in which dtype, checkpoints that any strategy reads.
 
 FSDP2 keeps parameters, gradients and optimizer state of a model in shards, one on each process, and gathers the parameters of a unit while it runs.
 """
 
 from __future__ import annotations
 
+import os
+import signal
+import time
 from collections.abc import Mapping
 from datetime import timedelta
 from pathlib import Path
 from typing import Any, NamedTuple, cast, final
 
 import torch
-from lightning.pytorch.strategies import ModelParallelStrategy, StrategyRegistry
+from lightning.pytorch.strategies import DeepSpeedStrategy, FSDPStrategy, ModelParallelStrategy, StrategyRegistry
 from torch import nn
 from torch.distributed.checkpoint.state_dict import (
     StateDictOptions,
@@ -29,9 +32,73 @@ from torch.optim import Optimizer
 from lit_modules.decoder_lm import DecoderLM
 from lit_modules.saving import write
 from lit_modules.sharded import META, named, numbered
-from mixers.errors import ConfigError
+from mixers.errors import ConfigError, unknown
 
-PRECISIONS = ("32-true", "64-true", "bf16-mixed", "bf16-true")
+STRATEGIES = ("auto", "ddp", "fsdp2", "fsdp2_sharded_checkpoint")
+PRECISIONS = ("32-true", "64-true", "bf16-mixed", "bf16-true")  # of fsdp2, and of CPUs
+
+
+def check_strategy_name(name: str) -> None:
+    """ConfigError for a strategy that Lightning does not know, or with which no model of this project can be trained.
+
+    What else Lightning knows (variants of ddp, TPUs) is left to it.
+    """
+    if name == "auto":
+        return
+    known = dict(StrategyRegistry).get(name)  # its own `get` makes one
+    spawns = known is not None and known["init_params"].get("start_method") == "spawn"  # which a model cannot be pickled for
+    if known is None or spawns or issubclass(known["strategy"], (FSDPStrategy, DeepSpeedStrategy)):
+        raise unknown("trainer.strategy", "strategy", name, STRATEGIES)
+
+
+def check_precision(strategy: str, precision: object, accelerator: str, *, here: bool) -> list[str]:
+    """ConfigError for a precision in place of which Lightning would take another one, with no more than a warning.
+
+    Args:
+        strategy, precision, accelerator: of the trainer.
+        here: this machine is the one that trains. Otherwise `auto` may find a GPU there.
+
+    Returns:
+        What could not be checked, a line each.
+    """
+    if str(precision) not in ("16", "16-mixed"):
+        return []
+    if strategy.startswith("fsdp2"):
+        raise ConfigError(f"trainer.precision: fsdp2 takes {', '.join(PRECISIONS)}, got {precision}")
+    problem = f"16-mixed needs a GPU; a CPU takes {', '.join(PRECISIONS)}"
+    on_cpu = accelerator == "cpu" or (accelerator == "auto" and not torch.accelerator.is_available())
+    if on_cpu and (here or accelerator == "cpu"):
+        raise ConfigError(f"trainer.precision: {problem}, got {precision}")
+    return [f"trainer.precision: {problem}; there is no GPU here"] if on_cpu else []
+
+
+# How gloo, NCCL and the store in which processes find each other say that one of them is gone
+GONE = ("Connection closed by peer", "Connection reset by peer", "Broken pipe", "ncclRemoteError", "remote process exit", "remote server shutdown")
+
+
+def lost_process(error: RuntimeError) -> str | None:
+    """One line for an error that means that another process of the training has ended; None for another error."""
+    text = " ".join(str(error).split())
+    told = next((words for words in GONE if words.lower() in text.lower()), None)
+    if told is None or not (isinstance(error, torch.distributed.DistError) or "gloo" in text):
+        return None
+    rank = torch.distributed.get_rank() if torch.distributed.is_initialized() else 0
+    how = _ended_child() or "what it said, or the system's log if it was killed, tells why"
+    return f"process {rank}: another process of this training has ended ({told}): {how}; --ckpt_path last goes on from the last checkpoint"
+
+
+def _ended_child(seconds: float = 1.0) -> str | None:
+    """How a process that this one has started ended, if one has within a time. Who started it can still ask."""
+    for _ in range(round(seconds / 0.05) if hasattr(os, "waitid") else 0):
+        try:
+            found = os.waitid(os.P_ALL, 0, os.WEXITED | os.WNOHANG | os.WNOWAIT)
+        except ChildProcessError:
+            return None
+        if found is not None:
+            killed = found.si_code in (os.CLD_KILLED, os.CLD_DUMPED)
+            return f"pid {found.si_pid} {f'was killed by {signal.Signals(found.si_status).name}' if killed else f'with exit code {found.si_status}'}"
+        time.sleep(0.05)
+    return None
 
 
 class Unit(NamedTuple):

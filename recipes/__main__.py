@@ -55,6 +55,15 @@ def find_command(name: str) -> Callable[[list[str]], int]:
     return run
 
 
+def lost_process(error: RuntimeError) -> str | None:
+    """The line for an error that means that another process of a training has ended; None for another."""
+    if "lit_modules.parallel" not in sys.modules:  # which a training has loaded
+        return None
+    from lit_modules import parallel
+
+    return parallel.lost_process(error)
+
+
 def interrupted() -> int:
     """Says so; the exit code of a command that Ctrl-C has stopped."""
     print("interrupted", file=sys.stderr)
@@ -79,6 +88,12 @@ def main(argv: list[str] | None = None) -> int:
         return 2
     except FloatingPointError as error:  # the training has diverged
         print("error:", " ".join(str(error).split()), file=sys.stderr)
+        return 1
+    except RuntimeError as error:
+        line = lost_process(error)
+        if line is None:
+            raise
+        print("error:", line, file=sys.stderr)
         return 1
     except KeyboardInterrupt:
         return interrupted()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from contextlib import suppress
 from pathlib import Path
 
 import torch
@@ -20,6 +21,18 @@ def whole(tensor: torch.Tensor) -> torch.Tensor:
 class PerRank(LightningDataModule):
     def train_dataloader(self) -> Batches:
         return Batches(*[make_batch(10 * seed + self.trainer.global_rank) for seed in range(8)])
+
+
+class Broken(torch.autograd.Function):
+    """Its input, and a gradient of it that is NaN."""
+
+    @staticmethod
+    def forward(ctx, x):  # noqa: ARG004
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx, grad):  # noqa: ARG004
+        return grad * torch.nan
 
 
 class Spoil(Callback):
@@ -43,7 +56,9 @@ class Spoil(Callback):
 
 def run(strategy: str, folder: Path) -> dict:
     spoil, log = Spoil(1, 2), Log()
-    lit = make_lit(make_lm(n_layers=2, layout=["gdn2", "swa"]), max_skipped_steps=1)
+    lit = make_lit(make_lm("cpu", n_layers=2, layout=["gdn2", "swa"]), max_skipped_steps=1)
+    with torch.no_grad():
+        lit.lm.layers[1].mlp.down.weight.mul_(100)  # the largest of its layer
     trainer = make_trainer(
         devices=2,
         strategy=strategy,
@@ -64,8 +79,23 @@ def run(strategy: str, folder: Path) -> dict:
         "rows": log.rows,
         "unchanged": all(torch.equal(spoil.weights[1][name], spoil.weights[2][name]) for name in spoil.weights[1]),
         "moved": any(not torch.equal(spoil.weights[0][name], spoil.weights[1][name]) for name in spoil.weights[0]),
+        "down": [float(extreme) for extreme in torch.aminmax(spoil.weights[2]["layers.1.mlp.down.weight"])],
         "optimizer_steps": sorted({int(state["step"]) for state in states.values()}),
     }
+
+
+def broken(strategy: str, folder: Path) -> None:
+    """A backward pass that returns NaN on rank 1, from where it comes into the gradients of all."""
+
+    class Break(Callback):
+        def on_train_start(self, trainer, pl_module) -> None:
+            if trainer.global_rank == 1:
+                pl_module.lm.layers[0].mlp.up.register_forward_hook(lambda _, __, y: Broken.apply(y))
+
+    settings = {"use_distributed_sampler": False, "max_steps": 1, "default_root_dir": folder, "callbacks": [Break()]}
+    trainer = make_trainer(devices=2, strategy=strategy, **settings)
+    with suppress(FloatingPointError):
+        trainer.fit(make_lit(make_lm(n_layers=2, layout=["gdn2", "swa"])), datamodule=PerRank())
 
 
 def refused(strategy: str) -> str:
@@ -87,5 +117,6 @@ if __name__ == "__main__":
     torch.set_num_threads(1)
     root = Path(sys.argv[2])
     result = run(sys.argv[1], root / "run")
+    broken(sys.argv[1], root / "backward")
     result["refused"] = refused(sys.argv[1])
     torch.save(result, root / f"{torch.distributed.get_rank()}.pt")

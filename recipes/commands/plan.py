@@ -14,6 +14,7 @@ from lit_modules.data.shards import what_is_missing
 from lit_modules.data.tokenizer import load_tokenizer
 from lit_modules.decoder_lm import DecoderLM
 from lit_modules.lit_lm import LitLM
+from lit_modules.parallel import check_precision, check_strategy_name
 from mixers.base import at_least_one
 from mixers.errors import ConfigError, unknown
 from recipes.commands.parser_errors import readable
@@ -78,6 +79,7 @@ def make_plan(config: Namespace, *, needs_tokenizer: bool) -> Plan:
     tokenizer = data.pop("tokenizer")
     notes = _check_vocabulary(lm, tokenizer, needs_tokenizer)
     notes += filter(None, [what_is_missing(data["path"], tokenizer)])
+    notes += _check_strategy(trainer, here=needs_tokenizer)
     at_least_one(**{"trainer.accumulate_grad_batches": trainer.accumulate_grad_batches})
     return Plan(
         model=LitLM(lm, **model),
@@ -104,6 +106,15 @@ def _check_numbers(config: Namespace) -> None:
     ):
         if not holds:
             raise ConfigError(f"{key}: must be {legal}, got {value}")
+
+
+def _check_strategy(trainer: Namespace, *, here: bool) -> list[str]:
+    """Of one that is given as a class, with its settings, only the precision is looked at: Lightning and `LitLM.setup` see to the rest."""
+    strategy = trainer.strategy
+    if isinstance(strategy, str):
+        check_strategy_name(strategy)
+    name = strategy if isinstance(strategy, str) else str(strategy.get("class_path")).rpartition(".")[2].lower()
+    return check_precision(name, trainer.precision, str(trainer.accelerator), here=here)
 
 
 def _is_devices(devices: int | str | list[int]) -> bool:
