@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 import sys
@@ -10,17 +11,22 @@ from pathlib import Path
 from typing import Any, cast, final
 from weakref import proxy
 
-import torch
 from lightning.fabric.plugins import TorchCheckpointIO
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.strategies import ModelParallelStrategy, Strategy
 from lightning.pytorch.utilities.types import STEP_OUTPUT
+from torch import Tensor
 from torch.distributed.checkpoint.api import CheckpointException
 
-from lit_modules.data.shards import sync
+from lit_modules.autopsy import FILE as AUTOPSY
+from lit_modules.data.shards import replace_file
+from lit_modules.intact import finish_folder, link, part_of, system_error, write_file
 from lit_modules.stopping import Stopped
 from mixers.errors import ConfigError
+
+LAST = "last.ckpt"
+DIVERGED = "diverged.ckpt"  # weights that led to a step that is not finite; not what a training goes on from, unless it is named
 
 
 class NotWrittenError(Exception):
@@ -34,57 +40,8 @@ class FileIO(TorchCheckpointIO):
     def save_checkpoint(self, checkpoint: dict[str, Any], path: str | Path, storage_options: Any = None) -> None:
         if "://" in str(path):
             return super().save_checkpoint(checkpoint, path, storage_options)
-        target = Path(path)
-        part = part_of(target)
-        try:
-            target.parent.mkdir(parents=True, exist_ok=True)
-            with part.open("wb") as file:
-                torch.save(checkpoint, file)
-                sync(file)
-            replace(part, target)
-        except BaseException as error:
-            part.unlink(missing_ok=True)
-            raise _system_error(error) or error from None
-        return None
-
-
-def part_of(target: Path) -> Path:
-    """Where a checkpoint is written before it is whole. `glob` and `ls` pass over it."""
-    return target.with_name(f".{target.name}.part")
-
-
-def replace(part: Path, target: Path) -> None:
-    """Puts a file or folder in the place of another. Of a folder there is a moment without `target`; the old one then is `NAME.old.ckpt`."""
-    old = target.with_name(f"{target.stem}.old{target.suffix}") if target.is_dir() else None
-    if old is not None:
-        shutil.rmtree(old, ignore_errors=True)
-        target.rename(old)
-    part.rename(target) if part.is_dir() else part.replace(target)
-    _sync_folder(target.parent)
-    if old is not None:
-        shutil.rmtree(old)
-
-
-def _sync_folder(folder: Path) -> None:
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
-def _system_error(error: BaseException) -> OSError | None:
-    """The system's error behind another: torch's writer hides it behind a RuntimeError, the distributed one behind a list."""
-    seen: list[BaseException | None] = [error]
-    while seen:
-        found = seen.pop()
-        if isinstance(found, OSError):
-            return found
-        if isinstance(found, CheckpointException):
-            seen += [wrapped for wrapped, _ in found.failures.values()]
-        if found is not None:
-            seen += [found.__cause__, found.__context__]
-    return None
+        Path(path).parent.mkdir(parents=True, exist_ok=True)
+        return write_file(checkpoint, Path(path))
 
 
 def write(strategy: Strategy, checkpoint: dict[str, Any], path: str) -> None:
@@ -101,19 +58,32 @@ def write(strategy: Strategy, checkpoint: dict[str, Any], path: str) -> None:
         else:
             strategy.save_checkpoint(checkpoint, path)
         if sharded and strategy.is_global_zero:
-            for file in part.iterdir():
-                with file.open("rb+") as content:
-                    sync(content)
-            replace(part, Path(path))
+            finish_folder(part, Path(path))
     except (OSError, RuntimeError, CheckpointException) as error:
-        cause = _system_error(error)
+        cause = system_error(error)
         if cause is None:
             raise
         problem = cause.strerror or str(cause)
+    if sharded and problem and strategy.is_global_zero:
+        shutil.rmtree(part, ignore_errors=True)
+    _agree(strategy, problem)
+
+
+def write_again(strategy: Strategy, source: str, path: str) -> None:
+    """Gives a checkpoint that `write` has just written a second name, on all ranks. Raises: as `write`."""
+    problem = ""
+    try:
+        if strategy.is_global_zero:
+            link(Path(source), Path(path))
+    except OSError as error:
+        problem = error.strerror or str(error)
+    _agree(strategy, problem)
+
+
+def _agree(strategy: Strategy, problem: str) -> None:
+    """NotWrittenError on all ranks if the first one has had a problem."""
     problem = strategy.broadcast(problem)
     if problem:
-        if sharded and strategy.is_global_zero:
-            shutil.rmtree(part, ignore_errors=True)
         raise NotWrittenError(problem)
 
 
@@ -121,12 +91,14 @@ class Checkpoint(ModelCheckpoint):
     """A ModelCheckpoint that saves between optimizer steps only, and whose last.ckpt is the end of the training, however it ended.
 
     What Lightning would save in the middle of a step's hooks is saved when the step's row is in the log: before the validation or the step after it.
+    What it would write twice, under the name of its step and as last.ckpt, is written once and has two names.
     """
 
     _due = False  # whether a step has been taken since Lightning was last asked whether to save
     _stepping = False  # whether the weights may be those of half a step
     _began: int | None = None  # optimizer steps when this training began
-    _good = "there is none yet"  # the last checkpoint that was written
+    _good = "none was saved before"  # the last checkpoint that was written
+    _fresh: str | None = None  # the file or folder that this moment's state was written to
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         super().setup(trainer, pl_module, stage)
@@ -137,7 +109,8 @@ class Checkpoint(ModelCheckpoint):
         super().on_train_start(trainer, pl_module)
         self._began = self._last_global_step_saved = trainer.global_step
         if trainer.ckpt_path:
-            self._good = f"the last good one is {trainer.ckpt_path}"
+            self._good = f"the last good one is {trainer.ckpt_path} (step {trainer.global_step:,})"
+        self.last_model_path = self._path(LAST) or ""  # is in every checkpoint: the same in both names
 
     def on_before_optimizer_step(self, *_: Any) -> None:
         self._stepping = True
@@ -176,18 +149,18 @@ class Checkpoint(ModelCheckpoint):
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         """Saves what was learned, unless nothing was, the weights are not those of a whole step, or they are not finite and nobody asked to stop."""
-        if isinstance(exception.__cause__, NotWrittenError):
+        if isinstance(exception.__cause__, NotWrittenError) or self._began is None:
             return
-        if self._began is None or trainer.global_step <= self._began or (self._stepping and not isinstance(exception, FloatingPointError)):
+        if isinstance(exception, FloatingPointError):
+            self._end_diverged(trainer, pl_module)
             return
-        if trainer.world_size > 1 and not isinstance(
-            exception, (Stopped, FloatingPointError)
-        ):  # those are raised on all ranks; saving takes all of them
+        if self._stepping or trainer.global_step <= self._began:
             return
-        asked = isinstance(exception, (Stopped, KeyboardInterrupt))
-        # Together: of a sharded parameter each rank sees its part only.
-        if not asked and not trainer.strategy.reduce_boolean_decision(all(p.isfinite().all() for p in pl_module.parameters())):
+        if trainer.world_size > 1 and not isinstance(exception, Stopped):  # that one is raised on all ranks; saving takes all of them
             return
+        if not isinstance(exception, (Stopped, KeyboardInterrupt)) and not _finite(trainer, pl_module):
+            return
+        self._fresh = None
         try:
             super().on_exception(trainer, pl_module, exception)  # if save_on_exception
             path = self._save_end(trainer)
@@ -197,20 +170,69 @@ class Checkpoint(ModelCheckpoint):
         if path is not None and trainer.is_global_zero:
             print(f"checkpoint: {path} (step {trainer.global_step:,})", flush=True)
 
-    def _save_end(self, trainer: Trainer) -> Path | None:
-        if not self.save_last or not self.dirpath or getattr(trainer, "fast_dev_run", False):
-            return None
-        path = Path(self.dirpath) / f"{self.CHECKPOINT_NAME_LAST}{self.FILE_EXTENSION}"
-        self._save_checkpoint(trainer, str(path))
+    def _end_diverged(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Saves the weights that diverged under a name of their own: a training that goes on from them diverges at once."""
+        path, saved = self._path(DIVERGED), False
+        if path is None:
+            return
+        if trainer.global_step == self._began:
+            what = "nothing to save, no step was taken"
+        elif not _finite(trainer, pl_module):
+            what = "not saved, the weights are not finite"
+        else:
+            try:
+                self._write(trainer, path)
+                what, saved = f"{path} (step {trainer.global_step:,}) has the weights that diverged, not to be gone on from", True
+            except NotWrittenError as error:
+                what = f"not written: {error}"
+        if not trainer.is_global_zero:
+            return
+        print(f"checkpoint: {what}; {self._good}", flush=True)
+        file = Path(path).parents[1] / AUTOPSY
+        if file.is_file():
+            last = self._last_checkpoint_saved or trainer.ckpt_path
+            about = {**json.loads(file.read_bytes()), "checkpoints": {"diverged": path if saved else None, "last_good": last and str(last)}}
+            try:
+                replace_file(file, json.dumps(about, indent=1).encode())
+            except OSError as error:  # it stays as it was
+                _say(trainer, f"autopsy: {file} could not be written: {error.strerror or error}")
+
+    def _path(self, name: str) -> str | None:
+        """Of a checkpoint that is not named after its step; None where none is to be written."""
+        return os.path.join(self.dirpath, name) if self.save_last and self.dirpath else None
+
+    def _save_end(self, trainer: Trainer) -> str | None:
+        path = None if getattr(trainer, "fast_dev_run", False) else self._path(LAST)
+        if path is not None:
+            self._save_checkpoint(trainer, path)
         return path
 
+    def _save_last_checkpoint(self, trainer: Trainer, monitor_candidates: dict[str, Tensor]) -> None:  # noqa: ARG002
+        path, fresh = self._path(LAST), self._fresh
+        if path is None:
+            return
+        if fresh is None:
+            self._save_checkpoint(trainer, path)
+        else:
+            write_again(trainer.strategy, fresh, path)
+            self._saved(trainer, path)
+        self._fresh = None
+
     def _save_checkpoint(self, trainer: Trainer, filepath: str) -> None:
+        self._write(trainer, filepath)
+        self._saved(trainer, filepath)
+        on_disk = isinstance(trainer.strategy.checkpoint_io, FileIO) and "://" not in filepath  # not so where it is still being written, say
+        self._fresh = filepath if on_disk else None
+
+    def _write(self, trainer: Trainer, filepath: str) -> None:
         try:
             for logger in trainer.loggers:
                 logger.save()  # no row of a step before this checkpoint is lost with the process
         except OSError as error:
             _say(trainer, f"log: not written: {error.strerror or error}")
         write(trainer.strategy, trainer._checkpoint_connector.dump_checkpoint(self.save_weights_only), filepath)
+
+    def _saved(self, trainer: Trainer, filepath: str) -> None:
         self._good = f"the last good one is {filepath} (step {trainer.global_step:,})"
         self._last_global_step_saved, self._last_checkpoint_saved = trainer.global_step, filepath
         for logger in trainer.loggers if trainer.is_global_zero else ():
@@ -218,6 +240,7 @@ class Checkpoint(ModelCheckpoint):
 
     def _attempt(self, trainer: Trainer, save: Callable[[], None]) -> None:
         """Saves, or says that it could not and goes on; Lightning then knows of no new checkpoint, removes no old one and tries again."""
+        self._fresh = None
         before = {**vars(self), "best_k_models": dict(self.best_k_models)}
         try:
             save()
@@ -229,6 +252,11 @@ class Checkpoint(ModelCheckpoint):
 
     def _lost(self, error: NotWrittenError) -> str:
         return f"not written: {error}; {self._good}"
+
+
+def _finite(trainer: Trainer, pl_module: LightningModule) -> bool:
+    """Whether all weights are; asked on all ranks, for each sees its part of a sharded parameter only."""
+    return trainer.strategy.reduce_boolean_decision(all(bool(p.isfinite().all()) for p in pl_module.parameters()))
 
 
 def _say(trainer: Trainer, line: str) -> None:

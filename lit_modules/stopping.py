@@ -16,6 +16,7 @@ from typing import Any, final
 import torch
 from lightning.fabric.plugins.environments.slurm import SLURMEnvironment
 from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.callbacks import ModelCheckpoint
 
 PREEMPTED = 143  # 128 + SIGTERM: what a shell reports for a process that SIGTERM ended, so schedulers take it for what it is
 SIGNALS = [getattr(signal, name) for name in ("SIGTERM", "SIGINT", "SIGUSR1") if hasattr(signal, name)]
@@ -90,13 +91,22 @@ def exit_code(trainer: Trainer, stop: Stopped) -> int:
     """
     if not trainer.is_global_zero:
         return 0
+    print(f"stopped by {stop}; {_how_to_go_on(trainer)}", file=sys.stderr, flush=True)
     if stop.signum == signal.SIGINT:
         raise KeyboardInterrupt from stop
-    print(f"stopped by {stop}; the same command line with --ckpt_path last goes on", file=sys.stderr, flush=True)
     environment = trainer._accelerator_connector.cluster_environment
     if isinstance(environment, SLURMEnvironment) and environment.auto_requeue and stop.signum == environment.requeue_signal:
         _requeue()
     return PREEMPTED
+
+
+def _how_to_go_on(trainer: Trainer) -> str:
+    """What the user is to do, by what was saved: nothing is before the first step, or where the disk is full."""
+    for callback in trainer.checkpoint_callbacks:
+        if isinstance(callback, ModelCheckpoint) and (saved := callback._last_checkpoint_saved):
+            return f"the same command line with --ckpt_path {'last' if callback.save_last else saved} goes on"
+    start = f"goes on from {trainer.ckpt_path} again" if trainer.ckpt_path else "starts at the beginning"
+    return f"this run has saved nothing: the same command line {start}"
 
 
 def _requeue() -> None:

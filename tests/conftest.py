@@ -8,6 +8,15 @@ import pytest
 import torch
 
 
+@pytest.fixture(scope="session", autouse=True)
+def _cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """What is remembered of shards that tests write goes into a folder of their own. On a GPU what `doctor` has found stays known."""
+    with pytest.MonkeyPatch.context() as patch:
+        if not torch.cuda.is_available():
+            patch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("cache")))
+        yield
+
+
 @pytest.fixture
 def poison() -> Iterator[None]:
     """New memory holds NaN instead of what was there before, so that reading an element that was never written shows in the result."""

@@ -28,7 +28,7 @@ from cli_cases import CONFIG, fill
 from lightning.fabric.utilities.rank_zero import rank_zero_only
 from shard_cases import SETTINGS, prepared, write_jsonl
 
-from lit_modules import saving
+from lit_modules import intact
 from lit_modules.checkpoint import read_checkpoint
 from lit_modules.lit_lm import LitLM
 from lit_modules.sharded import read_sharded
@@ -104,7 +104,7 @@ def inject(fault: Fault | None, rank: int, run: int) -> None:
     wrap(LitLM, "training_step", "micro_batch", note)
     wrap(LitLM, "validation_step", "validation")
     wrap(torch.optim.AdamW, "step", "optimizer")
-    save, replace = torch.save, saving.replace
+    save, replace = torch.save, intact.replace
 
     def torn(content: Any, file: Any) -> None:
         if happens("write"):
@@ -125,7 +125,7 @@ def inject(fault: Fault | None, rank: int, run: int) -> None:
         if happens("after_rename"):
             act()
 
-    torch.save, saving.replace = torch.save if fault is None else torn, renamed
+    torch.save, intact.replace = torch.save if fault is None else torn, renamed
 
 
 class Ran(NamedTuple):
@@ -260,7 +260,7 @@ FAULTS = {
     "killed in an accumulation": [Fault("micro_batch", 6, KILL)],
     "killed in a validation": [Fault("validation", 1, KILL)],
     "killed in the last validation": [Fault("validation", 2, KILL)],
-    "killed while a checkpoint is written": [Fault("write", 5, KILL)],
+    "killed while a checkpoint is written": [Fault("write", 3, KILL)],
     "killed before a checkpoint is renamed": [Fault("before_rename", 4, KILL)],
     "killed after a checkpoint is renamed": [Fault("after_rename", 5, KILL)],
     "killed again and again": [Fault("micro_batch", 7, KILL), Fault("validation", 1, KILL), Fault("optimizer", 2, KILL)],

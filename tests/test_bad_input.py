@@ -91,6 +91,18 @@ CASES = {
     "mixer's setting without a value": ([f"{LM}mixers.gdn2.num_heads"], ["model.lm.mixers.gdn2.num_heads", "expected a value"]),
     "seed of the model": ([f"{LM}seed=3"], ["model.lm.seed", "seed_everything"]),
     "trainer": (["--trainer.accelerator=gpus"], ["trainer", "gpus"]),
+    "fsdp": (["--trainer.strategy=fsdp"], ["trainer.strategy", "did you mean 'fsdp2'", "legal: auto, ddp, fsdp2, fsdp2_sharded_checkpoint"]),
+    "strategy misspelt": (["--trainer.strategy=fdsp2"], ["trainer.strategy", "did you mean 'fsdp2'"]),
+    "another strategy misspelt": (["--trainer.strategy=ddpp"], ["trainer.strategy", "did you mean 'ddp'"]),
+    "deepspeed": (["--trainer.strategy=deepspeed_stage_2"], ["trainer.strategy", "'deepspeed_stage_2'", "legal: auto"]),
+    "processes that take the model with them": (["--trainer.strategy=ddp_spawn"], ["trainer.strategy", "did you mean 'ddp'"]),
+    "float16 on a CPU": (["--trainer.precision=16-mixed"], ["trainer.precision", "needs a GPU", "bf16-mixed", "got 16-mixed"]),
+    "float16 on a CPU, by its short name": (["--trainer.precision=16"], ["trainer.precision", "needs a GPU", "got 16"]),
+    "float16 under ddp": (["--trainer.precision=16-mixed", "--trainer.strategy=ddp"], ["trainer.precision", "needs a GPU"]),
+    "float16 under fsdp2": (
+        ["--trainer.precision=16-mixed", "--trainer.strategy=fsdp2"],
+        ["trainer.precision", "fsdp2 takes 32-true", "got 16-mixed"],
+    ),
     "accumulation 0": (["--trainer.accumulate_grad_batches=0"], ["trainer.accumulate_grad_batches", ">= 1"]),
     "checkpoint settings at odds": (["--checkpoint.every_n_train_steps=1", "--checkpoint.every_n_epochs=1"], ["every_n_train_steps"]),
     "tokenizer missing": (["--data.tokenizer=none.model"], ["data.tokenizer", "none.model", "does not exist"]),
@@ -325,10 +337,12 @@ def test_training_that_breaks_off_keeps_what_it_learned(error: type, monkeypatch
     finally:
         signal.signal(signal.SIGINT, handler)
     said = capsys.readouterr()
-    (last,) = Path("runs").glob("*/*/checkpoints/last.ckpt")
-    content = read_checkpoint(last)
+    name = "diverged.ckpt" if error is FloatingPointError else "last.ckpt"
+    (file,) = Path("runs").glob("*/*/checkpoints/*.ckpt")
+    assert file.name == name
+    content = read_checkpoint(file)
     assert (content["global_step"], content["lightning_mixers"]["tokens"]) == (1, 32)
-    assert "/checkpoints/last.ckpt (step 1)" in said.out
+    assert f"/checkpoints/{name} (step 1)" in said.out
     if error is not RuntimeError:
         assert said.err.splitlines()[-1] == {KeyboardInterrupt: "interrupted", FloatingPointError: "error: loss is nan"}[error]
 

@@ -14,9 +14,10 @@ from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 
 from lit_modules.data import PackedText
-from lit_modules.data.loaders import MicroBatches, Shard
+from lit_modules.data.loaders import MicroBatches, Shard, saved_settings
 from lit_modules.data.stream import concatenate
 from lit_modules.data.windows import Batch, Windows, permutation
+from mixers.errors import ConfigError
 
 
 @pytest.fixture
@@ -123,9 +124,35 @@ def test_position_is_what_was_delivered(corpus: Path) -> None:
     other = data_of(corpus, seed=1)
     other.trainer.state = SimpleNamespace(fn="fit")
     other.load_state_dict(state)
-    with pytest.warns(UserWarning, match="starts at their sample 0"):
+    with pytest.raises(ConfigError, match=r"^data: seed_everything: 0 in the checkpoint's training, 1 here; PackedText.may_change allows that$"):
+        other.train_dataloader()
+    other.may_change = ["seed"]
+    with pytest.warns(UserWarning, match="seed_everything: 0 in .*, 1 here; training starts at sample 0 of these data"):
         batch = next(iter(other.train_dataloader()))
     assert rows(batch) == [other.sample(j)[:-1].tolist() for j in range(3)]
+
+
+def test_positions_of_old_checkpoints_and_of_other_boundaries(corpus: Path) -> None:
+    """Boundaries do not move windows, so the position stays. Version 0.1 saved one string, without them."""
+    state = {**data_of(corpus).train_dataloader().state_dict(), "samples": 6}
+    apart, old = data_of(corpus, document_boundaries=False), data_of(corpus)
+    apart.may_change = ["document_boundaries"]
+    settings = state["settings"]
+    assert settings == data_of(corpus).shared()
+    order = f"{settings['data']} bytes 16 0"
+    for data, saved, words in (
+        (apart, state, "document_boundaries: True in the checkpoint's training, False here; the position in the data stays"),
+        (old, {"samples": 6, "order": order}, r"does not say the data.document_boundaries \(here True\) of its training"),
+    ):
+        data.trainer.state = SimpleNamespace(fn="fit")
+        data.load_state_dict(saved)
+        with pytest.warns(UserWarning, match=words):
+            loader = data.train_dataloader()
+        assert rows(next(iter(loader))) == [data.sample(6 + j)[:-1].tolist() for j in range(3)]
+    assert saved_settings({"samples": 6, "order": "x sentencepiece:a b 16 0"})["tokenizer"] == "sentencepiece:a b"
+    for broken in ({}, {"samples": 6}, {"samples": 6, "order": "x y"}, {"samples": 6, "settings": 3}, {"settings": settings}):
+        with pytest.raises(ConfigError, match="state of the data cannot be read: it holds no samples and settings"):
+            saved_settings(broken)
 
 
 @pytest.mark.parametrize("world_size", [1, 2, 3, 5, 8])

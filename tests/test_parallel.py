@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+import resource
 import shutil
 import signal
 import subprocess
@@ -20,7 +21,7 @@ from cli_cases import fill
 from lit_cases import make_lm, make_trainer, one_thread  # noqa: F401
 
 from lit_modules.checkpoint import load_lm, read_checkpoint
-from lit_modules.parallel import plan
+from lit_modules.parallel import check_precision, check_strategy_name, lost_process, plan
 from lit_modules.sharded import read_sharded
 from mixers.errors import ConfigError
 from recipes.__main__ import main
@@ -144,6 +145,23 @@ def test_other_precisions_are_refused() -> None:
         make_trainer(strategy="fsdp2", devices=2, precision="16-true")
 
 
+@pytest.mark.parametrize("name", ["auto", "ddp", "ddp_find_unused_parameters_true", "ddp_fork", "single_device", "fsdp2", "fsdp2_sharded_checkpoint"])
+def test_strategies_that_train_are_not_refused(name: str) -> None:
+    check_strategy_name(name)
+
+
+def test_a_config_for_a_gpu_is_looked_at_on_a_machine_without_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.accelerator, "is_available", lambda: False)
+    (note,) = check_precision("auto", "16-mixed", "auto", here=False)
+    assert note == "trainer.precision: 16-mixed needs a GPU; a CPU takes 32-true, 64-true, bf16-mixed, bf16-true; there is no GPU here"
+    with pytest.raises(ConfigError, match="16-mixed needs a GPU"):
+        check_precision("auto", "16-mixed", "auto", here=True)
+    with pytest.raises(ConfigError, match="16-mixed needs a GPU"):
+        check_precision("auto", "16-mixed", "cpu", here=False)
+    monkeypatch.setattr(torch.accelerator, "is_available", lambda: True)
+    assert check_precision("ddp", "16-mixed", "auto", here=True) == []
+
+
 def test_every_parameter_is_in_one_unit() -> None:
     lm = make_lm(n_layers=2, layout=["mamba3", "kda"], mixers=worker.MODELS["mamba3-kda"]["mixers"])
     units, fp32 = plan(lm), lm.parameter_groups().fp32
@@ -249,8 +267,17 @@ def test_consolidate_refuses_what_is_none(folder: Path, two: Results, tmp_path: 
         error = capsys.readouterr().err
         assert re.search(message, error), error
         assert error.count("\n") == 1
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, limits[1]))  # as a full disk would
+    try:
+        assert main(["consolidate", str(tmp_path / "good.ckpt"), "--out", str(tmp_path / "out.ckpt")]) == 2
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    full = f"error: out: {tmp_path / 'out.ckpt'} cannot be written: File too large; nothing of it is left\n"
+    assert capsys.readouterr().err == full
+    assert not [file.name for file in tmp_path.iterdir() if "out.ckpt" in file.name]
     assert main(["consolidate", str(tmp_path / "good.ckpt"), "--out", str(tmp_path / "out.ckpt")]) == 0
-    assert not list(tmp_path.glob("*.part"))
+    assert not [file.name for file in tmp_path.iterdir() if "part" in file.name]
     with pytest.raises(ConfigError, match=r"is a folder; of a sharded checkpoint `python -m recipes consolidate"):
         load_lm(good)
 
@@ -282,7 +309,8 @@ def killed_fixture(request: pytest.FixtureRequest, tmp_path_factory: pytest.Temp
     options = ["--trainer.devices=2", f"--trainer.strategy={strategy}", "--checkpoint.every_n_train_steps=2", "--model.max_tokens=10000000"]
     command = [sys.executable, "-m", "recipes", "fit", "--config=small.yaml", "--trainer.val_check_interval=5", *options]
     environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[1])}
-    process = subprocess.Popen(command, cwd=folder, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    with (folder / "said").open("w") as said:
+        process = subprocess.Popen(command, cwd=folder, env=environment, stdout=subprocess.DEVNULL, stderr=said)
     pids = [process.pid]
     try:
         wait_for(lambda: list(folder.glob("runs/*/*/checkpoints/last.ckpt")) or process.poll() is not None)
@@ -307,6 +335,10 @@ def test_a_killed_process_ends_the_training_and_costs_the_steps_since_the_last_c
     killed: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.chdir(killed)
+    said = (killed / "said").read_text()
+    (line,) = [line for line in said.splitlines() if "another process of this training has ended (" in line or "Forcefully terminating" in line]
+    assert line.startswith("error: process ") or "Child process with PID" in line  # ours, or Lightning's if it looked before
+    assert "Traceback" not in said
     (path,) = killed.glob("runs/*/*/checkpoints/last.ckpt")
     one = ["--trainer.devices=1", "--trainer.strategy=auto", "--trainer.accumulate_grad_batches=2"]
     if path.is_dir():
@@ -323,3 +355,30 @@ def test_a_killed_process_ends_the_training_and_costs_the_steps_since_the_last_c
     assert read_checkpoint(newest)["global_step"] == step + 2
     assert main(["validate", *one, f"--ckpt_path={path}", "--data.path=corpus.txt"]) == 0
     assert main(["generate", f"--ckpt_path={path}", "--max_new_tokens=3"]) == 0
+
+
+def test_errors_that_mean_that_another_process_has_ended() -> None:
+    gloo = "[/pytorch/third_party/gloo/gloo/transport/tcp/pair.cc:553] Connection closed by peer [127.0.0.1]:6052.\nThis is typically"
+    nccl = "NCCL error in: ProcessGroupNCCL.cpp:1, remote process exited or there was a network error, NCCL version 2.27\nncclRemoteError: A call"
+    store = "failed to recv, got 0 bytes. Connection was likely closed. Did the remote server shutdown or crash?"
+    found = [RuntimeError(gloo), torch.distributed.DistBackendError(nccl), torch.distributed.DistNetworkError(store)]
+    for error, words in zip(found, ("Connection closed by peer", "ncclRemoteError", "remote server shutdown"), strict=True):
+        line = lost_process(error)
+        assert line is not None
+        assert line.startswith(f"process 0: another process of this training has ended ({words}): ")
+        assert "\n" not in line
+    for other in (
+        RuntimeError("Connection closed by peer"),
+        RuntimeError("gloo timed out"),
+        torch.distributed.DistBackendError("unhandled cuda error"),
+    ):
+        assert lost_process(other) is None
+
+
+def test_how_a_process_that_this_one_has_started_ended() -> None:
+    gloo = RuntimeError("gloo: Connection reset by peer")
+    for code, words in (("os.kill(os.getpid(), 9)", "was killed by SIGKILL"), ("sys.exit(3)", "with exit code 3")):
+        child = subprocess.Popen([sys.executable, "-c", f"import os, sys; {code}"])
+        os.waitid(os.P_PID, child.pid, os.WEXITED | os.WNOWAIT)
+        assert f"pid {child.pid} {words};" in str(lost_process(gloo))
+        assert child.wait() in (-9, 3)  # it can still be asked

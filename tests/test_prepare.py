@@ -19,10 +19,11 @@ from shard_cases import SETTINGS, content_of, expected, joined, prepared, write_
 from lit_modules.data import sources
 from lit_modules.data.prepare import Progress
 from lit_modules.data.processes import unordered
-from lit_modules.data.shards import INDEX, WORK, ShardedTokens, check_shards, read_index
+from lit_modules.data.shards import INDEX, WORK, ShardedTokens, read_index
+from lit_modules.data.verify import check_shards
 from mixers.errors import ConfigError
 from recipes.__main__ import main
-from recipes.commands.prepare import progress_line
+from recipes.commands.prepare import overfull, progress_line
 
 ROOT = Path(__file__).parents[1]
 OPTIONS = ["--tokenizer=bytes", "--val_fraction=0.2", f"--shard_tokens={SETTINGS.shard_tokens}"]
@@ -240,11 +241,14 @@ def test_command(refused, tmp_path: Path, capsys: pytest.CaptureFixture[str]) ->
         said = capsys.readouterr().out.splitlines()
         train = read_index(out).total("train")
         assert f"train: {train.documents:,} documents, {train.tokens:,} tokens, {train.n_bytes:,} bytes of text in 1 shards" in said
+        assert said[-1].startswith("note: shard_tokens: a shard ends with a unit of the source (about 32 MiB of text")
+        assert said[-1].endswith(f"so with 1,500 the longest has {train.tokens:,} tokens")
     assert main(["prepare", "--check", f"--out={out}"]) == 0
     assert f"train-00000: {train.documents:,} documents, {train.tokens:,} tokens: good" in capsys.readouterr().out
+    assert overfull(read_index(out)._replace(origin={"shard_tokens": train.tokens})) == []
     file = out / "train-00000.tokens"
     file.write_bytes(file.read_bytes()[:-2] + b"\0\0")
-    assert "train-00000.tokens does not have the checksum of its index: it is corrupt" in refused("--check", f"--out={out}")
+    assert "train-00000.tokens does not have the checksum of its index: it was changed or is corrupt" in refused("--check", f"--out={out}")
 
 
 def test_progress_line() -> None:

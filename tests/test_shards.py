@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import pickle
 import shutil
 from pathlib import Path
@@ -13,8 +14,10 @@ from data_cases import BOS
 from shard_cases import SETTINGS, expected, joined, prepared, write_jsonl
 
 from lit_modules.data import sources
-from lit_modules.data.shards import INDEX, ShardedTokens, ShardStream, check_shards, check_tokenizer, hash_of, is_prepared, read_index, token_dtype
+from lit_modules.data import verify as verify_module
+from lit_modules.data.shards import INDEX, ShardedTokens, ShardStream, check_tokenizer, hash_of, is_prepared, read_index, token_dtype
 from lit_modules.data.tokenizer import ByteTokenizer, Tokenizer
+from lit_modules.data.verify import Known, check_shards, verify
 from mixers.errors import ConfigError
 
 
@@ -204,3 +207,122 @@ def test_index_is_complete(original: Path) -> None:
     assert (content["tokenizer"], content["vocab_size"], content["bos_id"], content["dtype"]) == ("bytes", 257, BOS, "<u2")
     assert content["origin"].items() >= SETTINGS._asdict().items()
     assert read_index(original).identity != hash_of(b"")
+
+
+# What a training trusts
+
+
+@pytest.fixture
+def read(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """The names of the files that are read to be compared; nothing is remembered of this folder."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    names: list[str] = []
+    hashed = verify_module._hash
+    monkeypatch.setattr(verify_module, "_hash", lambda file, *rest: (names.append(file.name), hashed(file, *rest))[1])
+    assert folder.is_dir()
+    return names
+
+
+def flip(file: Path) -> None:
+    """One bit; size and mtime stay."""
+    before, content = file.stat(), bytearray(file.read_bytes())
+    content[64] ^= 1
+    file.write_bytes(content)
+    os.utime(file, ns=(before.st_atime_ns, before.st_mtime_ns))
+
+
+def test_every_file_is_read_once(folder: Path, read: list[str]) -> None:
+    index = read_index(folder)
+    files = {f"{shard.name}.{suffix}" for shards in index.splits.values() for shard in shards for suffix in ("tokens", "starts")}
+    assert str(verify(index)) == f"{len(files)} of {len(files)} files"
+    assert sorted(read) == sorted(files)
+    read.clear()
+    assert verify(index) == (len(files), len(files))
+    assert read == []
+    os.utime(folder / "train-00001.tokens")  # written again with what it held
+    assert verify(index) == (len(files), len(files))
+    assert read == ["train-00001.tokens"]
+
+
+@pytest.mark.parametrize("known", [False, True])
+@pytest.mark.parametrize("suffix", ["tokens", "starts"])
+def test_a_changed_byte_is_refused(suffix: str, known: bool, folder: Path, read: list[str]) -> None:
+    index, file = read_index(folder), folder / f"train-00001.{suffix}"
+    if known:
+        verify(index)
+        read.clear()
+    flip(file)
+    for _ in range(2):  # it is not remembered as a good one
+        with pytest.raises(ConfigError) as caught:
+            verify(index)
+        assert str(caught.value) == (
+            f"data.path: {file} does not have the checksum of its index: it was changed or is corrupt; prepare it again "
+            f"(python -m recipes prepare --check --out {folder} reads all of them)"
+        )
+    assert not known or read == [file.name] * 2
+
+
+def test_an_index_that_is_changed_with_its_file(folder: Path, read: list[str]) -> None:
+    verify(read_index(folder))
+    read.clear()
+    write_tokens(folder, {1: 65})
+    assert verify(read_index(folder)).known > 0
+    assert read == ["train-00001.tokens"]
+
+
+def test_files_for_which_there_was_no_time(folder: Path, read: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    index = read_index(folder)
+    monkeypatch.setattr(verify_module, "SECONDS", 0.0)
+    files = 2 * sum(map(len, index.splits.values()))
+    assert verify(index) == (0, files)
+    assert read == []
+    check_shards(index)  # `prepare --check` reads them, once and for all
+    assert verify(index) == (files, files)
+    assert read == []
+
+
+@pytest.mark.parametrize(
+    "content", ["", "{", "[]", "null", '{"folder": 1}', '{"folder": "FOLDER", "files": [1]}', '{"folder": "FOLDER", "files": {"a": 1}}']
+)
+def test_what_is_remembered_may_be_torn(content: str, folder: Path, read: list[str]) -> None:
+    index = read_index(folder)
+    verify(index)
+    count = len(read)
+    Known(folder).file.write_text(content.replace("FOLDER", str(folder.resolve())))
+    assert verify(index) == (count, count)
+    assert len(read) == 2 * count
+    assert verify(index) == (count, count)
+    assert len(read) == 2 * count
+
+
+def test_folders_that_cannot_be_written_to(
+    folder: Path, read: list[str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The shards' own never needs to be; without the cache all is read the next time, and that is said."""
+    index, before = read_index(folder), sorted(folder.iterdir())
+    folder.chmod(0o555)
+    verify(index)
+    folder.chmod(0o755)
+    assert sorted(folder.iterdir()) == before
+    assert capsys.readouterr().err == ""
+    (folder.parent / "file").write_text("")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(folder.parent / "file"))
+    read.clear()
+    for _ in range(2):
+        assert verify(index).known == len(before) - 1
+        (line,) = capsys.readouterr().err.splitlines()
+        assert line.startswith("data: that shards are good could not be kept (Not a directory: ")
+    assert len(read) == 2 * (len(before) - 1)
+
+
+def test_a_file_that_cannot_be_read(folder: Path, read: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    index = read_index(folder)
+    said: list[str] = []
+    monkeypatch.setattr(verify_module, "_stamp", lambda *_: [2**31, 0, 0, ""])
+    verify(index, say=said.append)
+    files = len(read)
+    assert said == [f"data.path: reading {2 * files:.1f} GiB of shards, once, to compare them with their checksums (for 120 s at most)"]
+    Known(folder).file.unlink()
+    (folder / "train-00000.starts").unlink()
+    with pytest.raises(ConfigError, match=r"^data\.path: .*train-00000\.starts cannot be read: No such file or directory$"):
+        verify(index)

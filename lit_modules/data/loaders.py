@@ -6,8 +6,8 @@ to replace: the order is the same with `use_distributed_sampler` on or off.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from typing import NamedTuple, final
+from collections.abc import Callable, Collection, Iterator, Mapping
+from typing import Any, NamedTuple, final
 
 import torch
 from lightning.pytorch.utilities import rank_zero_warn
@@ -18,6 +18,15 @@ from lit_modules.data.windows import Batch, Packer, Windows
 from mixers.errors import ConfigError
 
 STEP_TOKENS = "step_tokens"  # key of the tokens an optimizer step, in the state of the data
+SETTINGS = "settings"  # key of what the samples depend on
+# what a training that goes on shares with the one before, unless it may change: by the name that says so, what it is
+SHARED = {
+    "data": "training documents (hash) of data.path, val_fraction and split_seed",
+    "tokenizer": "data.tokenizer",
+    "seq_len": "data.seq_len",
+    "seed": "seed_everything",
+    "document_boundaries": "data.document_boundaries",
+}
 
 
 class Shard(NamedTuple):
@@ -104,7 +113,8 @@ class TrainLoader:
 
     Args:
         accumulate: Micro-batches an optimizer step, on each rank.
-        order: What the order depends on; a saved position is only taken up again in the same order.
+        settings: What the samples depend on, by the names of `SHARED`. A saved position is only taken up again with the same.
+        may_change: Those of them that may be others than in the state that is loaded.
         overfit: Lightning's overfit_batches: repeat the first so many micro-batches, or such a share of a pass. 0: do not.
         trained: Tells the samples trained on since this loader was made.
     """
@@ -118,7 +128,8 @@ class TrainLoader:
         num_workers: int,
         *,
         accumulate: int = 1,
-        order: str = "",
+        settings: Mapping[str, Any] | None = None,
+        may_change: Collection[str] = (),
         overfit: float = 0,
         trained: Callable[[], int] | None = None,
     ) -> None:
@@ -128,7 +139,8 @@ class TrainLoader:
         self._shard = shard
         self._num_workers = num_workers
         self._accumulate = accumulate
-        self._order = order
+        self._settings = dict(settings or {})
+        self._may_change = may_change
         self._overfit = overfit
         self._trained = trained
         self._first = self._samples = 0  # where this loader began, and what it has delivered
@@ -162,17 +174,52 @@ class TrainLoader:
             self._samples += step
             yield batch
 
-    def state_dict(self) -> dict[str, int | str]:
-        """The position, and the order and number of tokens a step that it was reached with."""
+    def state_dict(self) -> dict[str, Any]:
+        """The position, and the settings and number of tokens a step that it was reached with."""
         samples = self._samples if self._trained is None else self._first + self._trained()
-        return {"samples": samples, "order": self._order, STEP_TOKENS: self._step_tokens}
+        return {"samples": samples, SETTINGS: dict(self._settings), STEP_TOKENS: self._step_tokens}
 
-    def load_state_dict(self, state: dict[str, int | str]) -> None:
-        """Goes on after the samples of `state`, or from sample 0 (with a warning) where the data are not the same."""
-        if state["order"] == self._order:
-            self._first = self._samples = int(state["samples"])
-            if state.get(STEP_TOKENS, self._step_tokens) != self._step_tokens:
-                rank_zero_warn(f"data: {self._step_tokens} tokens an optimizer step from here on, the checkpoint's training had {state[STEP_TOKENS]}")
-        else:
-            self._first = self._samples = 0
-            rank_zero_warn("data: other data or settings than the checkpoint's, so training starts at their sample 0")
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Goes on after the samples of `state`; says what has changed. In another order of other samples that is from sample 0.
+
+        Raises:
+            ConfigError: a setting that may not change has.
+        """
+        saved = saved_settings(state)
+        changed = changes(saved, self._settings)
+        if refused := {name: values for name, values in changed.items() if name not in self._may_change}:
+            raise ConfigError(f"data: {describe_changes(refused)}; PackedText.may_change allows that")
+        same_order = changed.keys() <= {"document_boundaries"}  # which does not move the windows
+        self._first = self._samples = int(state["samples"]) if same_order else 0
+        if unknown := self._settings.keys() - saved.keys():
+            now = ", ".join(f"{SHARED[name]} (here {self._settings[name]})" for name in sorted(unknown))
+            rank_zero_warn(f"data: the checkpoint does not say the {now} of its training")
+        if changed:
+            go_on = "the position in the data stays" if same_order else "training starts at sample 0 of these data"
+            rank_zero_warn(f"data: {describe_changes(changed)}; {go_on}")
+        if state.get(STEP_TOKENS, self._step_tokens) != self._step_tokens:
+            rank_zero_warn(f"data: {self._step_tokens} tokens an optimizer step from here on, the checkpoint's training had {state[STEP_TOKENS]}")
+
+
+def saved_settings(state: Mapping[str, Any]) -> dict[str, Any]:
+    """The settings in the state of the data of a checkpoint; of version 0.1, which had them in one string, all but `document_boundaries`.
+
+    Raises:
+        ConfigError: they are not there, or not readable.
+    """
+    settings, words = state.get(SETTINGS), str(state.get("order")).split(" ")
+    if settings is None and len(words) > 3 and words[-2].isdigit() and words[-1].isdigit():
+        settings = {"data": words[0], "tokenizer": " ".join(words[1:-2]), "seq_len": int(words[-2]), "seed": int(words[-1])}
+    if not isinstance(settings, dict) or not isinstance(state.get("samples"), int):
+        raise ConfigError("the checkpoint's state of the data cannot be read: it holds no samples and settings")
+    return {name: settings[name] for name in SHARED if name in settings}
+
+
+def changes(saved: Mapping[str, Any], now: Mapping[str, Any]) -> dict[str, tuple[Any, Any]]:
+    """What both know and differ in: the old and the new value by name."""
+    return {name: (saved[name], now[name]) for name in saved if name in now and saved[name] != now[name]}
+
+
+def describe_changes(changed: Mapping[str, tuple[Any, Any]]) -> str:
+    """Changes in words."""
+    return ", ".join(f"{SHARED.get(name, name)}: {old} in the checkpoint's training, {new} here" for name, (old, new) in changed.items())

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from typing import Any, final
 
 from lightning.pytorch import LightningDataModule
@@ -14,6 +14,7 @@ from lit_modules.data.order import place
 from lit_modules.data.shards import Index, ShardStream, check_tokenizer, is_prepared, read_index, what_is_missing
 from lit_modules.data.stream import EncodedDocument, Stream, TokenArray, concatenate, divide, encode_corpus, identity_of
 from lit_modules.data.tokenizer import load_tokenizer
+from lit_modules.data.verify import Verified, verify
 from lit_modules.data.windows import Packer, Windows, look_up
 from mixers.errors import ConfigError
 
@@ -93,6 +94,9 @@ class PackedText(LightningDataModule):
         self.num_workers = num_workers
         self._splits: dict[str, Windows] = {}  # "train", "validation", and "test" if it has a corpus of its own
         self._identity: str | None = None
+        self._indices: dict[str, Index] = {}  # of prepared shards, by setting
+        self._verified: Verified | None = None
+        self.may_change: Collection[str] = ()  # names of `SHARED` in which a checkpoint's training may have differed
         self._packer = Packer(self.tokenizer, seq_len, document_boundaries=document_boundaries)
         self._train_loader: TrainLoader | None = None
         self._restored: dict[str, Any] | None = None
@@ -147,6 +151,7 @@ class PackedText(LightningDataModule):
     def _index(self, key: str, path: str | None) -> Index:
         index = read_index(str(path), f"data.{key}")
         check_tokenizer(index, self.tokenizer)
+        self._indices[key] = index
         return index
 
     def _encode(self, key: str, path: str | None) -> list[EncodedDocument]:
@@ -185,37 +190,38 @@ class PackedText(LightningDataModule):
         begins = self.tokenizer.decode([int(token) for token in self.sample(index)[:64] if token != self.tokenizer.bos_id])
         return {**locate(self._split("train"), index), "begins": begins[:100]}
 
+    def verify(self, say: Callable[[str], object] = lambda _: None) -> Verified | None:
+        """Compares what has been set up of prepared shards with their checksums, see `lit_modules.data.verify`; None if there are none.
+
+        Raises:
+            ConfigError: a file is not the one of its index.
+        """
+        counts = [verify(index, f"data.{key}", say) for key, index in self._indices.items()]
+        self._verified = Verified(*map(sum, zip(*counts, strict=True))) if counts else None
+        return self._verified
+
     def describe(self) -> dict[str, Any]:
         """What has been set up (all if nothing has), for logs and receipts: plain values, sizes and content hashes.
 
-        Keys: path, identity (of all its documents), tokenizer, vocab_size, seq_len; and for each of train, validation,
-        and test if it has a corpus of its own, a dict of documents, tokens, bytes (UTF-8), windows (those in use) and
-        identity.
+        Keys: path, identity (of all its documents), tokenizer, vocab_size, seq_len; after `verify` of shards, verified ("7 of 10
+        files"); and for each of train, validation, and test if it has a corpus of its own, a dict of documents, tokens, bytes
+        (UTF-8), windows (those in use) and identity.
         """
         if not self._splits:
             self.setup()
-        about: dict[str, Any] = {
-            "path": self._shown("path"),
-            "identity": self._identity,
-            "tokenizer": self.tokenizer.identity,
-            "vocab_size": self.vocab_size,
-            "seq_len": self.seq_len,
-        }
+        about: dict[str, Any] = {"path": self._shown("path"), "identity": self._identity, "tokenizer": self.tokenizer.identity}
+        about |= {"vocab_size": self.vocab_size, "seq_len": self.seq_len}
+        if self._verified is not None:
+            about["verified"] = str(self._verified)
         for name, windows in self._splits.items():
             stream = windows.stream
-            about[name] = {
-                "documents": stream.documents,
-                "tokens": len(stream.tokens),
-                "bytes": stream.n_bytes,
-                "windows": len(windows),
-                "identity": stream.identity,
-            }
+            about[name] = {"documents": stream.documents, "tokens": len(stream.tokens), "bytes": stream.n_bytes}
+            about[name] |= {"windows": len(windows), "identity": stream.identity}
         return about
 
     def train_dataloader(self) -> TrainLoader:
         """Training batches of this rank; goes on where the checkpoint, or the loader before this one, stopped."""
         windows = self._split("train")
-        order = f"{windows.stream.identity} {self.tokenizer.identity} {self.seq_len} {self.seed}"
         trainer = self.trainer
         loader = TrainLoader(
             windows,
@@ -224,7 +230,8 @@ class PackedText(LightningDataModule):
             self._shard(),
             self.num_workers,
             accumulate=int(getattr(trainer, "accumulate_grad_batches", 1)),
-            order=order,
+            settings=self.shared(),
+            may_change=self.may_change,
             overfit=getattr(trainer, "overfit_batches", 0),
             trained=self._count_trained(),
         )
@@ -236,6 +243,16 @@ class PackedText(LightningDataModule):
             loader.load_state_dict(self._train_loader.state_dict())
         self._train_loader = loader
         return loader
+
+    def shared(self) -> dict[str, Any]:
+        """What a training that goes on shares with the one before, by the names of `SHARED`. Ranks, workers, batch size and paths are free."""
+        return {
+            "data": self._split("train").stream.identity,
+            "tokenizer": self.tokenizer.identity,
+            "seq_len": self.seq_len,
+            "seed": self.seed,
+            "document_boundaries": self.document_boundaries,
+        }
 
     def _count_trained(self) -> Callable[[], int] | None:
         """Tells the samples trained on from here on, where the module counts its tokens as `LitLM` does: in whole optimizer steps."""

@@ -12,12 +12,10 @@ import hashlib
 import json
 import os
 import shlex
-from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple, final
 
 import numpy as np
-import numpy.typing as npt
 
 from lit_modules.data.stream import TokenArray
 from lit_modules.data.tokenizer import Tokenizer
@@ -28,7 +26,6 @@ WORK = ".prepare"  # inside the folder, what `prepare` needs to go on after it w
 FORMAT, VERSION = "lightning-mixers shards", 1
 SPLITS = ("train", "validation")
 STARTS = np.dtype("<u8")
-BLOCK = 2**24  # bytes read at a time
 
 
 class Shard(NamedTuple):
@@ -217,7 +214,7 @@ class ShardedTokens:
         begin = int(self._ends[shard]) - len(self._maps[shard])
         tokens = self._maps[shard][max(start - begin, 0) : stop - begin]
         if int(tokens.max()) >= self._vocab_size:
-            raise ConfigError(_out_of_range(self._key, self._files[shard], int(tokens.max()), self._vocab_size))
+            raise ConfigError(out_of_range(self._key, self._files[shard], int(tokens.max()), self._vocab_size))
         return tokens
 
 
@@ -229,7 +226,7 @@ def _map(file: Path, dtype: np.dtype[Any], key: str) -> TokenArray:
     return tokens
 
 
-def _out_of_range(key: str, file: Path, token: int, vocab_size: int) -> str:
+def out_of_range(key: str, file: Path, token: int, vocab_size: int) -> str:
     return f"{key}: {file} has the token {token}, but its vocabulary has {vocab_size} tokens: the file is corrupt; prepare it again"
 
 
@@ -244,43 +241,3 @@ class ShardStream:
         self.documents = total.documents
         self.n_bytes = total.n_bytes
         self.identity = total.tokens_hash
-
-
-def check_shards(index: Index, key: str = "data.path", report: Callable[[Shard], None] = lambda _: None) -> None:
-    """Reads everything: sizes, checksums, ids within the vocabulary, and a separator where, and only where, a document starts.
-
-    Raises:
-        ConfigError: the first file with something wrong.
-    """
-    for shards in index.splits.values():
-        for shard in shards:
-            check_sizes(index, shard, key)
-            _check_content(index, shard, key)
-            report(shard)
-
-
-def _check_content(index: Index, shard: Shard, key: str) -> None:
-    tokens_file, starts_file = (index.folder / f"{shard.name}{suffix}" for suffix in (".tokens", ".starts"))
-    starts = np.fromfile(starts_file, STARTS)
-    if hash_of(starts.tobytes()) != shard.starts_hash:
-        raise ConfigError(f"{key}: {starts_file} does not have the checksum of its index: it is corrupt; prepare it again")
-    digest, begin, separators = hashlib.blake2b(digest_size=16), 0, 0
-    for tokens in blocks(tokens_file, index.dtype):
-        digest.update(tokens.tobytes())
-        if int(tokens.max()) >= index.vocab_size:
-            raise ConfigError(_out_of_range(key, tokens_file, int(tokens.max()), index.vocab_size))
-        found = np.flatnonzero(tokens == index.bos_id) + begin
-        if not np.array_equal(found, starts[separators : separators + len(found)]):
-            raise ConfigError(f"{key}: {tokens_file} has a separator where {starts_file.name} has no document; prepare it again")
-        begin, separators = begin + len(tokens), separators + len(found)
-    if digest.hexdigest() != shard.tokens_hash:
-        raise ConfigError(f"{key}: {tokens_file} does not have the checksum of its index: it is corrupt; prepare it again")
-    if separators != shard.documents:
-        raise ConfigError(f"{key}: {tokens_file} has {separators} documents, its index says {shard.documents}; prepare it again")
-
-
-def blocks(file: Path, dtype: np.dtype[Any]) -> Iterator[npt.NDArray[Any]]:
-    """The numbers in a file, some at a time."""
-    with file.open("rb") as content:
-        while len(block := np.fromfile(content, dtype, BLOCK // dtype.itemsize)):
-            yield block

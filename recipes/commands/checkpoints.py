@@ -6,25 +6,30 @@ override all others.
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
 from lightning.fabric.utilities.rank_zero import rank_zero_only
 
+from lit_modules.autopsy import FILE as AUTOPSY
 from lit_modules.checkpoint import check_same_model, check_tensors, read_checkpoint, read_header
 from lit_modules.data import PackedText
-from lit_modules.data.loaders import STEP_TOKENS
+from lit_modules.data.loaders import SHARED, STEP_TOKENS, changes, saved_settings
 from lit_modules.decoder_lm import DecoderLM
 from lit_modules.intact import check_intact, last_good
 from lit_modules.parallel import FSDP2
+from lit_modules.saving import DIVERGED
+from lit_modules.saving import LAST as LAST_FILE
 from lit_modules.sharded import read_index
-from mixers.errors import ConfigError
+from mixers.errors import ConfigError, unknown
 from recipes.commands.config_files import Request, merge
 from recipes.commands.plan import Plan
 from recipes.commands.run_folder import CHECKPOINTS, default_root
 
 LAST = "last"
 AUTO = "auto"  # last, or the beginning where no run has saved anything yet
+BATCH = "batch"  # the tokens an optimizer step, among what may change
 TRAINING = ("optimizer_states", "lr_schedulers", "loops", "global_step")  # what Lightning needs to go on
 
 
@@ -39,22 +44,26 @@ def find_checkpoint(path: str, *roots: Path) -> Path:
         if not found.exists():
             raise ConfigError(f"ckpt_path: {path} does not exist (legal: a checkpoint, last or auto){last_good(_beside(found))}")
         return found
-    runs = [file for file in _saved(*roots) if file.name == "last.ckpt"]
+    runs = [file for file in _saved(*roots) if file.name == LAST_FILE]
     if not runs:
         where = ", ".join(map(str, roots)) or "runs"
-        raise ConfigError(f"ckpt_path: no run in {where} has a last.ckpt to go on from{last_good(_saved(*roots))}")
+        raise ConfigError(f"ckpt_path: no run in {where} has a {LAST_FILE} to go on from{last_good({'': _saved(*roots)})}")
     return max(runs, key=lambda file: file.stat().st_mtime)
 
 
 def _saved(*roots: Path) -> list[Path]:
-    """All checkpoints of the runs in some folders."""
-    return [file for root in roots for file in root.glob(f"*/{CHECKPOINTS}/*.ckpt")]
+    """All checkpoints of the runs in some folders that a training may go on from."""
+    return [file for root in roots for file in root.glob(f"*/{CHECKPOINTS}/*.ckpt") if file.name != DIVERGED]
 
 
-def _beside(path: Path) -> list[Path]:
-    """The other checkpoints of a run, and those of the runs beside it."""
-    runs = path.absolute().parents[2:3] if path.absolute().parent.name == CHECKPOINTS else ()
-    return [file for file in [*path.absolute().parent.glob("*.ckpt"), *_saved(*runs)] if file != path.absolute()]
+def _beside(path: Path) -> dict[str, list[Path]]:
+    """The other checkpoints of a run, and those of the runs beside it; of a checkpoint that lies elsewhere those in its folder. For `last_good`."""
+    folder = path.absolute().parent
+    there = [file for file in folder.glob("*.ckpt") if file != path.absolute() and file.name != DIVERGED]
+    if folder.name != CHECKPOINTS:
+        return {"beside it, which may be of another run, ": there}
+    others = [file for file in _saved(*folder.parents[1:2]) if file.parent != folder]
+    return {"of this run ": there, "of another run ": others}
 
 
 def model_settings(path: Path) -> dict[str, Any]:
@@ -94,14 +103,41 @@ def with_checkpoint(request: Request, *, any_run: bool = False) -> tuple[Request
     roots = [*Path("runs").glob("*")] if any_run and not root and not request.files else [Path(root or default_root(request.files))]
     if given == AUTO and not _saved(*roots):
         rank_zero_only(print)(f"checkpoint: none in {roots[0]} yet, so training starts at the beginning", flush=True)
+        _say_if_diverged(None, [*roots[0].glob("*")])
         return request, None
     path = find_checkpoint(str(given), *roots)
     if rank_zero_only.rank == 0:  # type: ignore[attr-defined]
         try:
             check_intact(path, f"ckpt_path: {path}")
         except ConfigError as error:
-            raise ConfigError(f"{error}{last_good({*_saved(*roots), *_beside(path)} - {path})}") from error
+            raise ConfigError(f"{error}{last_good(_beside(path))}") from error
+    if not any_run:
+        _say_if_diverged(path, [*roots[0].glob("*")] if given in (LAST, AUTO) else list(path.absolute().parents[1:2]))
     return request._replace(config=merge({"model": {"lm": model_settings(path)}}, request.config)), path
+
+
+@rank_zero_only
+def _say_if_diverged(path: Path | None, runs: list[Path]) -> None:
+    """Says that a run has diverged since the checkpoint was saved, for what goes on from there is the same training.
+
+    Args:
+        path: what is gone on from; None: the beginning.
+        runs: the folders of runs that may have.
+    """
+    found = {file: file.stat().st_mtime for run in runs if (file := run / AUTOPSY).is_file()}
+    newest = max(found, key=lambda file: found[file], default=None)
+    if newest is None or (path is not None and (path.name == DIVERGED or found[newest] <= path.stat().st_mtime)):
+        return
+    try:
+        where = f"diverged at step {json.loads(newest.read_bytes())['step']:,}"
+    except (OSError, ValueError, KeyError, TypeError):
+        where = "diverged"
+    start = "the beginning" if path is None else f"step {_content(path).get('global_step', 0):,}"
+    print(
+        f"checkpoint: the run before {where} ({newest}); going on from {start}, which with the same data and settings diverges there again: "
+        "lower model.lr or trainer.gradient_clip_val, or set model.max_skipped_steps",
+        flush=True,
+    )
 
 
 def check_model(path: Path, lm: DecoderLM) -> None:
@@ -121,6 +157,17 @@ def check_strategy(path: Path, strategy: object) -> None:
         )
 
 
+def is_finished(request: Request, path: Path, max_tokens: int) -> bool:
+    """Whether `auto` has nothing left to do, and says so: a job that is queued again then has done its work. For `last` or a path it is an error."""
+    if request.option("ckpt_path") != AUTO:
+        return False
+    _, tokens = read_header(_content(path), f"ckpt_path: {path}")
+    if tokens >= max_tokens:
+        left = "raise model.max_tokens to go on"
+        rank_zero_only(print)(f"checkpoint: {path}: already finished: {tokens:,} of {max_tokens:,} tokens; {left}", flush=True)
+    return tokens >= max_tokens
+
+
 def check_resumable(path: Path, max_tokens: int) -> None:
     """ConfigError unless training can go on from the checkpoint, up to `max_tokens`."""
     content = _content(path)
@@ -132,16 +179,52 @@ def check_resumable(path: Path, max_tokens: int) -> None:
             raise ConfigError(f"ckpt_path: {path} has no {key}: it holds weights only, training cannot go on from it")
 
 
-def check_batch(path: Path, plan: Plan, *, may_change: bool) -> None:
-    """ConfigError if an optimizer step would take other tokens than in the checkpoint's training, unless that is wanted."""
-    saved = _content(path).get(PackedText.__qualname__, {}).get(STEP_TOKENS, plan.tokens_a_step)
-    if may_change or saved == plan.tokens_a_step:
-        return
+def changeable(names: str) -> set[str]:
+    """What `--may_change` lists; ConfigError for a name that is none."""
+    listed = {name.strip() for name in names.split(",")} - {""}
+    for name in sorted(listed - {BATCH, *SHARED}):
+        raise unknown("may_change", "name", name, [BATCH, *SHARED])
+    return listed
+
+
+def check_changes(path: Path, plan: Plan, may_change: set[str], data: PackedText | None = None) -> dict[str, tuple[Any, Any]]:
+    """What a training would not share with that of the checkpoint: the old and the new value by name.
+
+    Args:
+        path: the checkpoint.
+        plan: of the training that would go on.
+        may_change: the names of what may differ.
+        data: what it would go on with, once that has been read. Without it only settings are compared.
+
+    Raises:
+        ConfigError: something else differs too.
+    """
+    state = _content(path).get(PackedText.__qualname__, {})
+    try:
+        saved = saved_settings(state)
+    except ConfigError as error:
+        raise ConfigError(f"ckpt_path: {path}: {error}") from error
+    now = {name: getattr(plan.data, name) for name in ("seq_len", "seed", "document_boundaries")} if data is None else data.shared()
+    tokens = plan.tokens_a_step
+    changed = changes({BATCH: state.get(STEP_TOKENS, tokens), **saved}, {BATCH: tokens, **now})
+    refused = {name: values for name, values in changed.items() if name not in may_change}
+    if refused.keys() == {BATCH}:
+        raise ConfigError(_another_batch(path, plan, int(refused[BATCH][0])))
+    if refused:
+        what = {BATCH: "tokens an optimizer step", **SHARED}
+        differs = "; ".join(f"{what[name]}: {old} there, {new} here" for name, (old, new) in refused.items())
+        allow = f"--may_change {','.join(name for name in what if name in changed)}"
+        raise ConfigError(f"ckpt_path: the checkpoint {path} was trained otherwise: {differs}. Keep what was, or go on with {allow}")
+    return changed
+
+
+def _another_batch(path: Path, plan: Plan, saved: int) -> str:
+    """The line for a checkpoint that was trained with another number of tokens an optimizer step."""
     a_round = plan.micro_batch * plan.replicas
     keep = f"set it to {saved // a_round}" if saved % a_round == 0 else f"no number of them makes that of {a_round:,} each: lower data.batch_size"
-    raise ConfigError(
+    return (
         f"trainer.accumulate_grad_batches: {plan.accumulate} on {plan.replicas} devices make {plan.tokens_a_step:,} tokens an optimizer step, "
-        f"the checkpoint {path} was trained with {saved:,}: {keep}, or --change_batch_size true"
+        f"the checkpoint {path} was trained with {saved:,}: {keep}, or --may_change {BATCH}"
     )
 
 

@@ -14,6 +14,7 @@ from lightning.pytorch.loggers import CSVLogger, Logger, TensorBoardLogger
 
 from lit_modules.callbacks import ProgressBar, RunSummary
 from lit_modules.data import PackedText
+from lit_modules.data.loaders import SHARED
 from lit_modules.decoder_lm import DecoderLM
 from lit_modules.lit_lm import LitLM
 from lit_modules.saving import Checkpoint
@@ -76,7 +77,9 @@ class MixersCLI(LightningCLI):
             default=None,
             help="A checkpoint, `last` (the newest of default_root_dir) or `auto` (that, if there is one).",
         )
-        parser.add_argument("--change_batch_size", type=bool, default=False, help="Go on from a checkpoint with other tokens an optimizer step.")
+        names = ", ".join(["batch (tokens an optimizer step)", *SHARED])
+        help = f"What may differ from the checkpoint's training, such as batch,data: {names}."
+        parser.add_argument("--may_change", type=str, default="", help=help)
         parser.add_lightning_class_args(Checkpoint, "checkpoint")
         parser.set_defaults({"checkpoint.save_last": True})
         parser.add_lightning_class_args(RunSummary, "summary")

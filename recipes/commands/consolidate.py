@@ -4,10 +4,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
-import torch
-
 from lit_modules.checkpoint import read_header
-from lit_modules.intact import check_intact
+from lit_modules.intact import check_intact, write_file
 from lit_modules.sharded import read_sharded
 from mixers.errors import ConfigError
 from recipes.commands.arguments import Arguments
@@ -23,15 +21,15 @@ def run(argv: list[str]) -> int:
     out = Path(given.out).expanduser() if given.out else folder.with_name(f"{folder.stem}.whole.ckpt")
     if out.exists():
         raise ConfigError(f"out: {out} exists; remove it, or give another --out")
+    if not out.parent.is_dir():
+        raise ConfigError(f"out: {out} cannot be written: its folder does not exist")
     checkpoint = read_sharded(folder, f"folder: {folder}")
     read_header(checkpoint, f"folder: {folder}")
     check_intact(folder, f"folder: {folder}")  # the file would have fresh checksums of whatever was read
-    part = out.with_name(f"{out.name}.part")
     try:
-        torch.save(checkpoint, part)
-        part.replace(out)
-    except (OSError, RuntimeError) as error:  # torch's writer raises RuntimeError for a missing folder, a full disk
-        part.unlink(missing_ok=True)
-        raise ConfigError(f"out: {out} cannot be written: {str(error).splitlines()[0]}") from error
+        write_file(checkpoint, out)
+    except (OSError, RuntimeError) as error:
+        reason = error.strerror if isinstance(error, OSError) else str(error).splitlines()[0]
+        raise ConfigError(f"out: {out} cannot be written: {reason or error}; nothing of it is left") from error
     print(f"checkpoint: {out} (step {checkpoint.get('global_step', 0):,}, {out.stat().st_size / 2**20:,.1f} MiB)")
     return 0

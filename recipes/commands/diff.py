@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import hashlib
+import re
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -20,6 +21,7 @@ SECTIONS = (
     *("data", "initial_weights", "config", "resumed", "processes", "strategy"),
     *("versions", "source", "machine", "backends", "tiles", "environment"),
 )
+VERIFIED = "data.verified"  # how many files of shards were read; no difference of the data, but a reason to doubt that there is none
 PLACES = tuple(f"config.{key}" for key in ("data.path", "data.val_path", "trainer.default_root_dir", "ckpt_path"))  # what lies there is compared
 NOTHING = "(none)"
 
@@ -35,6 +37,8 @@ def run(argv: list[str]) -> int:
     curves = _curve("a", given.a), _curve("b", given.b)
     if given.plot:
         draw(Path(given.plot), *curves)
+    for line in doubts(a, b):
+        print(line)
     lines = [*differences(a, b, _configs(given.a, a, given.b, b)), *_outcomes(a, b)]
     losses, equal = compare_losses(*(curve.losses for curve in curves))
     print("\n".join([*(lines or ["no difference recorded"]), *losses]))
@@ -48,8 +52,22 @@ def differences(a: dict[str, Any], b: dict[str, Any], configs: tuple[dict[str, A
         pair = configs if section == "config" and configs is not None else (a.get(section), b.get(section))
         left, right = (flat(value, section) for value in pair)
         for key in dict.fromkeys([*left, *right]):
-            if key not in places and left.get(key) != right.get(key):
+            if key not in (*places, VERIFIED) and left.get(key) != right.get(key):
                 yield f"{key}: {_pair(left.get(key), right.get(key))}"
+
+
+def doubts(a: dict[str, Any], b: dict[str, Any]) -> Iterator[str]:
+    """A line where not all files of shards of a run are known to have had the checksums of their index."""
+    data = a["data"], b["data"]
+    shards = [any(key.endswith("_index") for key in about) for about in data]
+    words = [str(about.get("verified", "none")) if known else "no shards" for about, known in zip(data, shards, strict=True)]
+    if any(known and not _all(text) for known, text in zip(shards, words, strict=True)):
+        yield f"note: {VERIFIED}: {_pair(*words)}: what was not read may be other data than its index says"
+
+
+def _all(verified: str) -> bool:
+    """Whether "7 of 10 files" are all."""
+    return bool(found := re.fullmatch(r"(\d+) of (\d+) files", verified)) and found[1] == found[2]
 
 
 def flat(value: Any, key: str) -> dict[str, Any]:

@@ -6,16 +6,18 @@ import errno
 import shutil
 import sys
 from pathlib import Path
+from typing import Any, final
 
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.fabric.utilities.rank_zero import rank_zero_only
+from lightning.pytorch import Callback, LightningModule, Trainer
 
 from lit_modules.loss_curve import short_number
 from lit_modules.parallel import FSDP2, leave
 from lit_modules.stopping import Stopped, exit_code
 from mixers.errors import ConfigError
 from recipes.commands import gpu_ready, out_of_memory, receipt, sizes
-from recipes.commands.checkpoints import check_batch, check_model, check_resumable, check_strategy, with_checkpoint
+from recipes.commands.checkpoints import changeable, check_changes, check_model, check_resumable, check_strategy, is_finished, with_checkpoint
 from recipes.commands.cli import MixersCLI
 from recipes.commands.config_files import collect
 from recipes.commands.plan import Plan, make_plan
@@ -26,11 +28,14 @@ def run(argv: list[str]) -> int:
     """Checks the config, makes the run folder, trains. Nothing is written before all checks that need no data have passed."""
     request, checkpoint = with_checkpoint(collect(argv))
     cli = MixersCLI("fit", request)
+    may_change, changed = changeable(cli.config.may_change), dict[str, tuple[Any, Any]]()
     plan = make_plan(cli.config, needs_tokenizer=True)
     if checkpoint is not None:
         check_model(checkpoint, plan.model.lm)
+        if is_finished(request, checkpoint, plan.model.max_tokens):
+            return 0
         check_resumable(checkpoint, plan.model.max_tokens)
-        check_batch(checkpoint, plan, may_change=cli.config.change_batch_size)
+        check_changes(checkpoint, plan, may_change)
     cli.config["ckpt_path"] = None if checkpoint is None else str(checkpoint)
     gpu = gpu_ready.device_of(cli.config.trainer) if _is_main_process() else None
     backends = [] if gpu is None else gpu_ready.get_ready(plan.model.lm, plan.precision, gpu)
@@ -40,6 +45,10 @@ def run(argv: list[str]) -> int:
         if checkpoint is not None:
             check_strategy(checkpoint, cli.trainer.strategy)
         cli.datamodule.setup("fit")  # here, because Trainer hides its errors behind one of its own while the model is on the meta device
+        if checkpoint is not None:
+            changed = check_changes(checkpoint, plan, may_change, cli.datamodule)
+            cli.datamodule.may_change = may_change
+        _verify(cli)
     except BaseException:
         if folder is not None and _is_main_process():
             shutil.rmtree(folder, ignore_errors=True)
@@ -49,7 +58,7 @@ def run(argv: list[str]) -> int:
     try:
         if record is not None and gpu is None:
             backends = receipt.backends_of(plan.model.lm, plan.precision)
-        with receipt.kept(record, cli, argv, backends, checkpoint):
+        with receipt.kept(record, cli, argv, backends, checkpoint, changed):
             cli.trainer.fit(cli.model, datamodule=cli.datamodule, ckpt_path=checkpoint, weights_only=True)
     except MisconfigurationException as error:
         raise ConfigError(f"trainer: {error}") from error
@@ -85,6 +94,39 @@ def _run_folder(cli: MixersCLI) -> Path:
     folder = make_run_folder(root)
     (folder / CONFIG).write_text(cli.parser.dump(cli.config, skip_unset=False), encoding="utf-8")
     return folder
+
+
+def _verify(cli: MixersCLI) -> None:
+    """Compares prepared shards with their checksums, in the main process.
+
+    What it finds ends all processes: those that are not started yet never are, others hear of it when they can.
+    """
+    trainer, refusal = cli.trainer, None
+    environment = getattr(trainer.strategy, "cluster_environment", None)
+    alone = trainer.world_size == 1 or (trainer.num_nodes == 1 and not environment.creates_processes_externally)
+    if _is_main_process():
+        try:
+            if verified := cli.datamodule.verify(lambda line: print(line, flush=True)):
+                rest = "" if verified.known == verified.files else "; the others were not read: `prepare --check` reads all, once"
+                print(f"data: verified: {verified} of the shards have the checksum in their index{rest}", flush=True)
+        except ConfigError as error:
+            if alone:
+                raise
+            refusal = str(error)
+    if trainer.world_size > 1:  # in every process: one that the main process has started takes itself for one of many that somebody else did
+        trainer.callbacks.append(Refusal(refusal))  # type: ignore[attr-defined]
+
+
+@final
+class Refusal(Callback):
+    """Ends all processes with what the main one has found wrong, before any takes a step. What the others give it is not looked at."""
+
+    def __init__(self, line: str | None) -> None:
+        self.line = line
+
+    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:  # noqa: ARG002
+        if line := trainer.strategy.broadcast(self.line):
+            raise ConfigError(line)
 
 
 @rank_zero_only

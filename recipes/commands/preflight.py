@@ -15,7 +15,7 @@ from lit_modules.optim import describe_groups, group_table, optimizer_groups
 from lit_modules.peaks import peak_flops
 from lit_modules.throughput import flops_per_token
 from recipes.commands import sizes
-from recipes.commands.checkpoints import check_batch, check_model, check_resumable, with_checkpoint
+from recipes.commands.checkpoints import changeable, check_changes, check_model, check_resumable, is_finished, with_checkpoint
 from recipes.commands.cli import MixersCLI
 from recipes.commands.config_files import collect
 from recipes.commands.plan import Plan, make_plan
@@ -25,11 +25,13 @@ def run(argv: list[str]) -> int:
     """Prints the plan of a config; the arguments are those of `fit`."""
     request, checkpoint = with_checkpoint(collect(argv))
     config = MixersCLI("preflight", request).config
+    may_change = changeable(config.may_change)
     plan = make_plan(config, needs_tokenizer=False)
     if checkpoint is not None:
         check_model(checkpoint, plan.model.lm)
-        check_resumable(checkpoint, plan.model.max_tokens)
-        check_batch(checkpoint, plan, may_change=config.change_batch_size)
+        if not is_finished(request, checkpoint, plan.model.max_tokens):
+            check_resumable(checkpoint, plan.model.max_tokens)
+        check_changes(checkpoint, plan, may_change)
     console = Console(width=None if sys.stdout.isatty() else 140, highlight=False)
     lm, groups = plan.model.lm, optimizer_groups(plan.model.lm, plan.model.weight_decay)
     console.print(layer_table(lm, plan), parts_table(lm), group_table(describe_groups(groups)), memory_table(plan), sep="\n\n")

@@ -9,9 +9,10 @@ from argparse import Namespace
 from pathlib import Path
 
 from lit_modules.data.prepare import Progress, Settings, prepare
-from lit_modules.data.shards import SPLITS, Index, Shard, check_shards, read_index
+from lit_modules.data.shards import SPLITS, Index, Shard, read_index
 from lit_modules.data.sources import open_source
 from lit_modules.data.tokenizer import load_tokenizer
+from lit_modules.data.verify import check_shards
 from mixers.errors import ConfigError
 from recipes.commands.arguments import Arguments
 
@@ -25,7 +26,7 @@ def run(argv: list[str]) -> int:
         check_shards(index, "out", lambda shard: print(f"{shard.name}: {shard.documents:,} documents, {shard.tokens:,} tokens: good", flush=True))
     else:
         index = _prepare(given, folder)
-    for line in summary(index):
+    for line in summary(index) + overfull(index):
         print(line)
     return 0
 
@@ -77,6 +78,15 @@ def summary(index: Index) -> list[str]:
     return [*lines, f"tokenizer: {index.tokenizer} ({index.vocab_size:,} tokens, {index.dtype.itemsize} bytes each)", f"shards: {index.folder}"]
 
 
+def overfull(index: Index) -> list[str]:
+    """Says where shards are longer than asked for: they end with a unit of the source, so none is shorter than one."""
+    asked, largest = index.origin.get("shard_tokens"), max((shard.tokens for shard in index.splits["train"]), default=0)
+    if not isinstance(asked, int) or largest < 2 * asked:
+        return []
+    unit = "a shard ends with a unit of the source (about 32 MiB of text, 8,192 rows of a dataset, a text file)"
+    return [f"note: shard_tokens: {unit}, so with {asked:,} the longest has {largest:,} tokens"]
+
+
 def _sizes(total: Shard) -> str:
     return f"{total.documents:,} documents, {total.tokens:,} tokens, {total.n_bytes:,} bytes of text"
 
@@ -94,7 +104,12 @@ def _arguments(argv: list[str]) -> Namespace:
     parser.add_argument("--stream", action="store_true", help="of a dataset: read it from the hub, without a copy in the cache")
     parser.add_argument("--val_fraction", type=float, default=0.001, help="share of documents for validation (default: %(default)s)")
     parser.add_argument("--split_seed", type=int, default=0, help="which documents those are (default: %(default)s)")
-    parser.add_argument("--shard_tokens", type=int, default=2**29, help="a shard is complete with so many (default: %(default)s)")
+    parser.add_argument(
+        "--shard_tokens",
+        type=int,
+        default=2**29,
+        help="a shard ends with the unit (32 MiB of text) that brings it to so many (%(default)s)",
+    )
     parser.add_argument("--workers", type=int, default=_cores(), help="processes; 0: tokenize in this one (default here: %(default)s)")
     parser.add_argument("--check", action="store_true", help="read the shards in --out through, instead: sizes, checksums, tokens, documents")
     given = parser.parse_args(argv)

@@ -61,12 +61,17 @@ def read_receipt(path: str | Path, key: str) -> dict[str, Any]:
 
 
 @contextmanager
-def kept(folder: Path | None, cli: MixersCLI, argv: list[str], backends: list[str], checkpoint: Path | None) -> Iterator[None]:
-    """The training inside leaves a receipt in `folder`: when it begins, when its model is there, and when it has ended, however it does."""
+def kept(
+    folder: Path | None, cli: MixersCLI, argv: list[str], backends: list[str], checkpoint: Path | None, changed: dict[str, tuple[Any, Any]]
+) -> Iterator[None]:
+    """The training inside leaves a receipt in `folder`: when it begins, when its model is there, and when it has ended, however it does.
+
+    `changed`: in what it differs from the training of its checkpoint, the old and the new value by name.
+    """
     if folder is None:
         yield
         return
-    receipt = Receipt(folder, cli, argv, backends, checkpoint)
+    receipt = Receipt(folder, cli, argv, backends, _resumed(checkpoint, changed))
     cli.trainer.callbacks.append(receipt)  # type: ignore[attr-defined]
     try:
         with watched(receipt.see):
@@ -80,9 +85,9 @@ def kept(folder: Path | None, cli: MixersCLI, argv: list[str], backends: list[st
 
 @final
 class Receipt(Callback):
-    """The receipt of a run that is under way. Args: as `kept`."""
+    """The receipt of a run that is under way. Args: as `kept`, but for what it has gone on from."""
 
-    def __init__(self, folder: Path, cli: MixersCLI, argv: list[str], backends: list[str], checkpoint: Path | None) -> None:
+    def __init__(self, folder: Path, cli: MixersCLI, argv: list[str], backends: list[str], resumed: dict[str, Any] | None) -> None:
         self.file = folder / RECEIPT
         self._drawn: dict[str, str] = {}  # hashes of initial values by name
         self._trainer = cli.trainer
@@ -97,7 +102,7 @@ class Receipt(Callback):
             "config": {"file": CONFIG, "sha256": hashlib.sha256(config).hexdigest()},
             "data": _data(cli.datamodule),
             "initial_weights": None,
-            "resumed": _resumed(checkpoint),
+            "resumed": resumed,
             "processes": cli.trainer.world_size,
             "strategy": type(cli.trainer.strategy).__name__,
             "versions": _versions(),
@@ -165,12 +170,13 @@ def _data(data: Any) -> dict[str, Any]:
     return about
 
 
-def _resumed(checkpoint: Path | None) -> dict[str, Any] | None:
-    """The checkpoint, and the receipt of the run that wrote it while both lie where that run left them."""
+def _resumed(checkpoint: Path | None, changed: dict[str, tuple[Any, Any]]) -> dict[str, Any] | None:
+    """The checkpoint, the receipt of the run that wrote it while both lie where that run left them, and what has changed since."""
     if checkpoint is None:
         return None
     found = next((folder / RECEIPT for folder in list(checkpoint.absolute().parents)[:2] if (folder / RECEIPT).is_file()), None)
-    return {"checkpoint": str(checkpoint), "receipt": None if found is None else str(found)}
+    differs = {name: f"{old} -> {new}" for name, (old, new) in changed.items()}
+    return {"checkpoint": str(checkpoint), "receipt": None if found is None else str(found), "changed": differs}
 
 
 def _versions() -> dict[str, str | None]:
