@@ -8,6 +8,8 @@ import os
 import resource
 import shutil
 import signal
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -273,3 +275,26 @@ def test_a_signal_before_the_first_step(here: Path, capsys: pytest.CaptureFixtur
         patch.setattr(StopOnSignal, "on_train_start", stop)
         assert main([*COMMAND, "--ckpt_path=last"]) == 143
     assert f"this run has saved nothing: the same command line goes on from {last.relative_to(here)} again" in capsys.readouterr().err
+
+
+@pytest.mark.fault(
+    "disk full", "TensorBoard's events beyond a limit of the size of a file, written by a thread of its own", "events: training goes on"
+)
+def test_events_on_a_full_disk_end_no_training(tmp_path: Path) -> None:
+    script = f"""
+import resource, signal
+from lit_modules.events import Events
+signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+logger = Events({str(tmp_path)!r}, name="", version="")
+logger.log_metrics({{"loss": 1.0}}, 0)
+logger.save()
+resource.setrlimit(resource.RLIMIT_FSIZE, (4096, 4096))
+for step in range(1, 400):
+    logger.log_metrics({{"loss": 1.0}}, step)
+    if step % 50 == 0:
+        logger.save()
+logger.finalize("success")
+"""
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=False, timeout=120)
+    assert done.returncode == 0, done.stderr
+    assert done.stderr == "log: TensorBoard's events are not written any more: File too large; training goes on\n"
