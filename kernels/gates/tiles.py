@@ -19,6 +19,9 @@ TILES = TileTable(
 
 # what `bench tune` tries
 CANDIDATES = {
-    "forward": [Tile(warps, 1, {"TILE": tile, "ROWS": rows}) for tile, warps in ((2048, 4), (4096, 4), (4096, 8)) for rows in (8, 16, 32)],
-    "backward": [Tile(warps, 1, {"TILE": tile, "ROWS": rows}) for tile, warps in ((1024, 2), (1024, 4), (2048, 4)) for rows in (16, 64, 128)],
+    "forward": [Tile(warps, 1, {"TILE": tile, "ROWS": rows}) for tile, warps in ((1024, 4), (2048, 4), (4096, 8)) for rows in (4, 8, 16)],
+    "backward": [
+        *(Tile(warps, stages, {"TILE": 1024, "ROWS": rows}) for warps, stages in ((2, 1), (4, 3)) for rows in (16, 64)),
+        *(Tile(4, stages, {"TILE": tile, "ROWS": rows}) for tile, stages in ((1024, 1), (2048, 3)) for rows in (64, 128)),
+    ],
 }
