@@ -85,13 +85,13 @@ def prove(group: Group, dtype: torch.dtype, *, show_all: bool = False) -> tuple[
                 raise WrongResultError(f"{type(error).__name__}: {' '.join(str(error).split())[:200]}") from error
             print(f"{entry.impl} does not run: {type(error).__name__}: {' '.join(str(error).split())[:120]}", flush=True)
             continue
+        if show_all:
+            print(f"  {entry.impl:<12} " + "  ".join(f"{name} {value:.2e}" for name, value in found.items()), flush=True)
         worst = max(found, key=lambda name: found[name])
         if not usable and not found[worst] <= TOLERANCE.get(dtype, math.inf):
             raise WrongResultError(f"{worst} is off by {found[worst]:.1e} of its largest entry, {TOLERANCE[dtype]:g} are allowed in {dtype}")
         usable.append(entry)
         errors.append(found)
-        if show_all:
-            print(f"  {entry.impl:<12} " + "  ".join(f"{name} {value:.2e}" for name, value in found.items()), flush=True)
     return usable, errors
 
 
