@@ -74,11 +74,11 @@ class Problem(NamedTuple):
         sums = q.new_empty(1 + s["EXACT"], self.rows, self.v_heads, s["K"], dtype=torch.float32)
         return sums[0], sums[-1]
 
-    def gradient(self, name: str, channels: int, dtype: torch.dtype | None = None) -> Tensor:
-        """Room for the gradient of an input, one row a value head [M, HV, channels]: float32 where several heads' rows are to be summed."""
-        x = self.inputs[name]
-        grouped = x.shape[2] < self.v_heads
-        return x.new_empty(self.rows, self.v_heads, channels, dtype=dtype or (torch.float32 if grouped else x.dtype))
+    def gradient(self, name: str, channels: int, dtype: torch.dtype | None = None, parts: int = 1) -> Tensor:
+        """Room for the gradient of an input, `parts` rows a value head [M, HV * parts, channels]: float32 where rows are to be summed."""
+        x, heads = self.inputs[name], self.v_heads * parts
+        summed = x.shape[2] < heads
+        return x.new_empty(self.rows, heads, channels, dtype=dtype or (torch.float32 if summed else x.dtype))
 
     def only(self, *names: str) -> dict[str, Any]:
         """The compile-time settings of these names."""

@@ -13,6 +13,8 @@ from kernels.delta.reference import CHUNK
 from kernels.varlen import most_chunks
 
 MAX_HEAD = 256  # a column block of the state has K rows, all in registers
+MAX_SCAN = 128  # the gradient of a whole state is in registers
+KEPT = ("A", "P", "Y", "R", "Qg", "Ktail", "gamma", "S")  # fields of `forward.Forward` for the backward pass
 
 
 def refusal(q: Tensor, v: Tensor) -> str | None:
@@ -49,18 +51,24 @@ def _forward(
     q: Tensor, k: Tensor, v: Tensor, g: Tensor | None, b: Tensor | None, w: Tensor | None, scale: float, state: Tensor | None,
     cu_seqlens: Tensor | None, save: bool,
 ) -> list[Tensor]:  # fmt: skip
-    from kernels.delta import forward
+    from kernels.delta import forward, scan
 
     with torch.cuda.device_of(q):  # Triton launches on the current device
+        if scans(q, v, g, b):
+            o, final, states = scan.forward(q, k, v, g, w, scale, state, cu_seqlens, save)
+            return [o, final, states] if save else [o, final]
         done = forward.launch(q, k, v, g, b, w, scale, state, cu_seqlens, save)
-    kept = [x for x, there in zip(done[2:], _present(b), strict=True) if there] if save else []
-    return [done.o, done.final, *kept]
+    return [done.o, done.final, *(getattr(done, name) for name in _kept(q, v, g, b) if save)]
 
 
-def _present(b: Tensor | None) -> list[bool]:
-    """Which fields of `forward.Forward`, from the third on, there are: without erasing neither A nor Y."""
-    erase = b is not None
-    return [erase, True, erase, True, True, True, True, True]
+def scans(q: Tensor, v: Tensor, g: Tensor | None, b: Tensor | None) -> bool:
+    """Whether each pass is one launch (`scan.py`): without erase nothing of a chunk needs to be solved for before the serial pass."""
+    return b is None and (g is None or g.shape[-1] == 1) and max(q.shape[-1], v.shape[-1]) <= MAX_SCAN
+
+
+def _kept(q: Tensor, v: Tensor, g: Tensor | None, b: Tensor | None) -> tuple[str, ...]:
+    """Which of `KEPT` there are: all that one launch leaves are the states; without erase there is neither A nor Y."""
+    return KEPT[-1:] if scans(q, v, g, b) else tuple(name for name in KEPT if b is not None or name not in "AY")
 
 
 def _shapes(q: Tensor, v: Tensor, g: Tensor | None, b: Tensor | None, cu_seqlens: Tensor | None, save: bool) -> list[tuple[Any, ...]]:
@@ -70,15 +78,14 @@ def _shapes(q: Tensor, v: Tensor, g: Tensor | None, b: Tensor | None, cu_seqlens
     n = batch * (-(-tokens // CHUNK)) if cu_seqlens is None else most_chunks(tokens, sequences, CHUNK)
     square, keys, values = (n, heads, CHUNK, CHUNK), (n, heads, CHUNK, k_dim), (n, heads, CHUNK, v_dim)
     decay = (n, heads, k_dim if g is not None and g.shape[-1] == k_dim else 1)
-    kept = [square, square, keys, values, keys, keys, decay, (n, heads, k_dim, v_dim)]
-    kept = [shape for shape, there in zip(kept, _present(b), strict=True) if there] if save else []
-    return [(*v.shape,), (sequences, heads, k_dim, v_dim), *kept]
+    shapes = dict(zip(KEPT, [square, square, keys, values, keys, keys, decay, (n, heads, k_dim, v_dim)], strict=True))
+    return [(*v.shape,), (sequences, heads, k_dim, v_dim), *(shapes[name] for name in _kept(q, v, g, b) if save)]
 
 
 @_forward.register_fake
 def _(q, k, v, g, b, w, scale, state, cu_seqlens, save):  # type: ignore[no-untyped-def]  # noqa: ARG001
     shapes = _shapes(q, v, g, b, cu_seqlens, save)
-    single = (1, len(shapes) - 2 if save else 1)  # in float32: the final state and gamma
+    single = (1, max(1, len(shapes) - 2))  # in float32: the final state and gamma, the last but one where it is kept
     return [v.new_empty(shape, dtype=torch.float32 if i in single else v.dtype) for i, shape in enumerate(shapes)]
 
 
@@ -97,17 +104,19 @@ def _(q, k, v, g, b, w, scale, cu_seqlens, kept, do, dfinal):  # type: ignore[no
 
 def _launch(tensors: list[Tensor | None], scale: float, do: Tensor, dfinal: Tensor) -> list[Tensor]:
     """The backward pass. `tensors`, in the order in which they are saved, is emptied, see `backward.launch`."""
-    from kernels.delta import backward
-    from kernels.delta.forward import Forward
+    from kernels.delta import backward, scan
 
-    q, b, cu_seqlens = tensors[0], tensors[4], tensors[6]
-    assert q is not None
-    inputs, left = dict(zip("qkvgbw", tensors, strict=False)), iter(tensors[7:])
+    inputs: dict[str, Any] = dict(zip("qkvgbw", tensors, strict=False))
+    q, cu_seqlens = inputs["q"], tensors[6]
+    kept: list[Any] = tensors[7:]
     tensors.clear()
-    kept: dict[str, Any] = {name: next(left) if there else q for name, there in zip(Forward._fields[2:], _present(b), strict=True)}
-    del left
+    names = _kept(q, inputs["v"], inputs["g"], inputs["b"])
     with torch.cuda.device_of(q):
-        return backward.launch(inputs, kept, scale, cu_seqlens, do, dfinal)
+        if names == ("S",):
+            return scan.backward(inputs, kept, scale, cu_seqlens, do, dfinal)
+        of = dict.fromkeys(KEPT, q) | dict(zip(names, kept, strict=True))
+        kept.clear()
+        return backward.launch(inputs, of, scale, cu_seqlens, do, dfinal)
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: list[Tensor]) -> None:

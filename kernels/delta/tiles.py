@@ -13,10 +13,14 @@ AT_ONCE, MOST_COLUMNS = 132, 64
 
 # On Hopper ptxas 12.8 and 13.0 lose uniform registers that hold where in shared memory the operands of a product lie (docs/log.md): with 16-bit
 # inputs many tiles of four warps with fewer than 64 columns are wrong, and `dscores` of eight if one block holds all of 64 value columns; in float32
-# several of eight with 16 (op.py gives no kernel fewer than 32). tests/sass.py finds them; no tile below is one of them.
+# several of eight with 16 (op.py gives no kernel fewer than 32). tests/sass.py finds them; no tile below is one of them. `scan` is wrong with four
+# warps in float32 or for 32 columns, where it takes its narrow tile.
 _SAFE = {
     "scores": Tile(4, 1, {"BK": 32}),
     "solve": Tile(8, 1, {"BK": 64, "BV": 64}),
+    "scan": Tile(4, 1, {"BV": 64}),
+    "scan_narrow": Tile(2, 1, {"BV": 32}),
+    "dscan": Tile(4, 1, {"BV": 64}),
     "state": Tile(2, 1, {"BV": 16}),
     "state_narrow": Tile(2, 1, {"BV": 16}),
     "dstate": Tile(2, 1, {"BV": 16}),

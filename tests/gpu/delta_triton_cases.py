@@ -31,6 +31,7 @@ LOW = torch.bfloat16 if ON_GPU else torch.float16  # the half precision that run
 WIDTHS = problems.WIDTHS | {
     "gdn2_scalar_erase": ("channel", "scalar", "channel"),
     "gdn2_scalar_write": ("channel", "channel", "scalar"),
+    "mamba2_channel_write": ("scalar", "absent", "channel"),
     "retnet": ("scalar", "absent", "absent"),
     "linear_attention": ("absent", "absent", "absent"),
 }
@@ -188,7 +189,13 @@ def _extreme_variants(dtype: torch.dtype) -> list[Variant]:
         for lengths in DOCUMENTS.values()
         for decay in ("mixed", "slow")
     ]
-    mamba = partial(case_of, "mamba2", 64, 64, **MAMBA)
+    mamba2 = partial(case_of, "mamba2", 64, 64)
+    mamba = partial(mamba2, **MAMBA)
+    documents = [
+        mamba2(layout="packed", documents=lengths, tokens=sum(lengths), groups=2, decay=decay)
+        for lengths in DOCUMENTS.values()
+        for decay in ("mixed", "slow")
+    ]
     tokens = 1000 if dtype == torch.float32 else 130  # reflections: nothing decays, errors neither
     return [
         Variant(
@@ -204,6 +211,7 @@ def _extreme_variants(dtype: torch.dtype) -> list[Variant]:
             ],
         ),
         Variant("gdn-extremes", dtype, [*(gdn(decay=d) for d in decays), *(gdn(decay="slow", erase=e) for e in ("0.0", "1.0", "2.0"))]),
+        Variant("mamba2-extremes", dtype, [*(mamba2(decay=d, tokens=200) for d in decays), *documents]),
         Variant("mamba2-heads", dtype, [mamba(heads=1, groups=72, tokens=t) for t in (65, 1000)] + [mamba(heads=72, tokens=t) for t in (65, 1000)]),
         Variant("mamba3-heads", dtype, [case_of("gla", 64, 64, heads=72, scale=1.0, tokens=300, decay="slow")]),
         Variant("deltanet-extremes", dtype, [case_of("deltanet", 64, 64, erase=e, tokens=tokens) for e in ("1.0", "2.0")]),
@@ -231,8 +239,22 @@ def _small_variants() -> list[Variant]:
         ("deltanet", single, 32, 16, {**tiny, "erase": "2.0"}),
         ("gla", single, 16, 16, {**tiny, "state": False}),
         ("mamba2", single, 16, 16, {**short, **MAMBA}),
+        (
+            "mamba2",
+            single,
+            32,
+            16,
+            {"layout": "packed", "documents": (1, 3, 65, 2), "tokens": 71, "groups": 2, "g_heads": "value", "storage": "strided"},
+        ),
+        ("mamba2", single, 16, 128, {**short, "state": False}),  # two blocks of value columns
+        ("mamba2", single, 16, 16, {"tokens": 130, "decay": "-1000.0"}),
+        ("mamba2", single, 16, 16, {**tiny, "decay": "-1e-6"}),
+        ("mamba2", LOW, 16, 16, {**short, "storage": "expanded", "batch": 2}),
+        ("mamba2_channel_write", single, 16, 32, short),
+        ("mamba2_channel_write", LOW, 16, 128, {**tiny, "decay": "mild"}),
         ("retnet", single, 16, 16, {**tiny, "decay": "mild"}),
         ("linear_attention", LOW, 16, 16, {"tokens": 1}),
+        ("linear_attention", single, 16, 128, {"layout": "packed", "documents": (64, 1, 5), "tokens": 70, "groups": 2}),
     ]
     return [Variant(f"{n}-{model}", dtype, [case_of(model, k, v, **settings)]) for n, (model, dtype, k, v, settings) in enumerate(listed)]
 

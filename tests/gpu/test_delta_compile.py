@@ -44,7 +44,7 @@ class CustomOps(TorchDispatchMode):
 
 
 @pytest.mark.usefixtures("poison")  # what an op returns and never writes is NaN, which equals nothing
-@pytest.mark.parametrize(("model", "layout"), [("gdn2", "packed"), ("gdn", "dense"), ("linear_attention", "packed")])
+@pytest.mark.parametrize(("model", "layout"), [("gdn2", "packed"), ("gdn", "dense"), ("mamba2", "dense"), ("linear_attention", "packed")])
 def test_opcheck(model: str, layout: str) -> None:
     """Schema, fake implementation, autograd registration and tracing with dynamic shapes, of the forward op and of the ops behind it."""
     documents = (65, 1)  # as many chunks as there can be: what a spare one holds is never written

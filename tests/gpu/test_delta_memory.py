@@ -18,7 +18,7 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 
-from kernels.delta import backward
+from kernels.delta import backward, scan
 
 SIZE = 64 if ON_GPU else 32
 LAUNCHES = ("state_gradients", "value_gradients", "score_gradients")
@@ -89,6 +89,33 @@ def test_what_was_read_for_the_last_time_is_freed(model: str, freed: list[set[st
     absent = (set() if erase else {"A", "Y"}) | (set() if write else {"w"})  # q stands there in their place, which is read until the end
     gradients(loss(*leaves.values()), leaves)
     assert freed == [names - absent for names in FREED]
+
+
+def test_one_launch_frees_what_it_has_read_before_heads_are_summed(monkeypatch: pytest.MonkeyPatch) -> None:
+    gc.freeze()  # as above
+    leaves, loss = problem("mamba2")
+    given: list[StorageWeakRef] = []
+    alive: list[int] = []
+    options, sum_heads = scan._options, scan.sum_heads
+
+    def watched(problem: Any, kernel: str) -> Any:  # before a launch
+        given.clear()
+        given.extend(StorageWeakRef(x.untyped_storage()) for name, x in problem.inputs.items() if name in "kvgw")
+        return options(problem, kernel)
+
+    def summed(*arguments: Any) -> Tensor:
+        if not ON_GPU:
+            gc.collect()
+        alive.append(sum(not one.expired() for one in given))
+        return sum_heads(*arguments)
+
+    value = loss(*leaves.values())
+    monkeypatch.setattr(scan, "_options", watched)
+    monkeypatch.setattr(scan, "sum_heads", summed)
+    gradients(value, leaves)
+    gc.unfreeze()
+    assert len(given) == 4
+    assert alive == [0] * 5  # q, k, v, g, w
 
 
 def test_a_retained_graph_keeps_all_of_it(freed: list[set[str]]) -> None:

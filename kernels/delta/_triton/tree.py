@@ -126,3 +126,25 @@ def level_rows(h: tl.constexpr, C: tl.constexpr):
 def stack(x, y):
     """[R, X], [R, X] -> [2R, X], y below x."""
     return tl.reshape(tl.permute(tl.join(x, y), (2, 0, 1)), (2 * x.shape[0], x.shape[1]))
+
+
+@triton.jit
+def head_sums(g, rows, S_G: tl.constexpr, C: tl.constexpr, EXACT: tl.constexpr):
+    """Running sums G [C] of a decay per head and their total, in log 2, each in two parts as in `running_sums`; without EXACT the second is 0."""
+    r = tl.arange(0, C)
+    g2 = log2_decay(tl.load(g + r * S_G, mask=r < rows, other=0.0))
+    rest = tl.zeros([C], tl.float32)
+    if EXACT:
+        coarse = tl.floor(g2 * GRID + 0.5) / GRID
+        rest = g2 - coarse
+        g2 = coarse
+    return tl.cumsum(g2, 0), tl.cumsum(rest, 0), tl.sum(g2, 0), tl.sum(rest, 0)
+
+
+@triton.jit
+def decayed(to, to_rest, since, since_rest, EXACT: tl.constexpr):
+    """x(to, since) from running sums; 1 where `to` is before `since`."""
+    x = to - since
+    if EXACT:
+        x += to_rest - since_rest
+    return tl.exp2(tl.minimum(x, 0.0, propagate_nan=tl.PropagateNan.ALL))

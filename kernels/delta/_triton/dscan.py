@@ -1,0 +1,120 @@
+"""The whole backward pass without erase and with at most one decay a head (README.md, section 7).
+
+Shapes: C rows a chunk, H key heads, HV value heads, K key size, V value size, BV value columns a program. Gates: 0 absent, 1 scalar, 2 channel.
+Inputs are [tokens, heads, channels] with token strides S_x, the states [chunks, HV, K, V]; results [tokens, HV, V], and where programs of a head
+have to be summed [tokens, HV, V / BV, K or 1]. Tiles named _t are transposed, row j and column i: most products take them from registers.
+"""
+
+import triton
+import triton.language as tl
+
+from kernels.delta._triton.tree import chunk_rows, decayed, head_sums, wide
+
+
+@triton.jit
+def decay_gradient(E_t, before, after, through, C: tl.constexpr, PRECISION: tl.constexpr):
+    """dg [C] (7.7): row l takes what lies on both sides of it, E_t [j, i] of pairs i >= l > j. Only sums, from the end; no difference of sums."""
+    r = tl.arange(0, C)
+    from_l = (r[:, None] <= r[None, :]).to(E_t.dtype)
+    across = tl.dot(from_l, tl.trans(E_t), input_precision=PRECISION)  # [l, j]
+    across = tl.where(r[None, :] < r[:, None], across + after[None, :], 0.0)
+    return tl.sum(across, 1) + tl.cumsum(before, 0, reverse=True) + through
+
+
+@triton.jit(do_not_specialize=["tokens", "per_sequence"])
+def dscan_kernel(
+    q, k, v, g, w, S_all, do, dfinal, first_chunk, starts, lengths, dq, dk, dv, dg, dw, dinitial, scale, tokens, per_sequence,
+    S_Q: tl.constexpr, S_K: tl.constexpr, S_V: tl.constexpr, S_G: tl.constexpr, S_W: tl.constexpr, S_O: tl.constexpr,
+    H: tl.constexpr, HV: tl.constexpr, HG: tl.constexpr, K: tl.constexpr, V: tl.constexpr, C: tl.constexpr, G: tl.constexpr, W: tl.constexpr,
+    PACKED: tl.constexpr, EXACT: tl.constexpr, PRECISION: tl.constexpr, BV: tl.constexpr,
+):  # fmt: skip
+    """One program a sequence, head and block of value columns, from the last chunk to the first."""
+    PARTS: tl.constexpr = V // BV
+    pid = tl.program_id(0)
+    part, head, sequence = pid % PARTS, pid // PARTS % HV, pid // (PARTS * HV)
+    r, c, cv = tl.arange(0, C), tl.arange(0, K), part * BV + tl.arange(0, BV)
+    dtype = v.dtype.element_ty
+    VW: tl.constexpr = V if W == 2 else 1
+    q += (head // (HV // H)) * K
+    k += (head // (HV // H)) * K
+    g += head // (HV // HG)
+    v += head * V
+    do += head * V
+    w += head * VW
+    if PACKED:
+        first, end = tl.load(first_chunk + sequence), tl.load(first_chunk + sequence + 1)
+    else:
+        first, end = sequence * per_sequence, (sequence + 1) * per_sequence
+    whole = (sequence.to(tl.int64) * HV + head) * K * V + (c[:, None] * V + cv[None, :])
+    dS = tl.load(dfinal + whole)
+    for n in range(0, end - first):
+        chunk = end - 1 - n
+        start, rows = chunk_rows(chunk, starts, lengths, tokens, per_sequence, PACKED, C)
+        inside = (r < rows)[:, None]
+        token = start * HV + head  # of results
+        summed = token * PARTS + part
+        k_c = tl.load(k + start * S_K + (r[:, None] * S_K + c[None, :]), mask=inside, other=0.0)
+        q_c = tl.load(q + start * S_Q + (r[:, None] * S_Q + c[None, :]), mask=inside, other=0.0)
+        do_c = tl.load(do + start * S_O + (r[:, None] * S_O + cv[None, :]), mask=inside, other=0.0)
+        S_d = tl.load(S_all + (wide(chunk) * HV + head) * K * V + (c[:, None] * V + cv[None, :]))
+        v_c = tl.load(v + start * S_V + (r[:, None] * S_V + cv[None, :]), mask=inside, other=0.0)
+        dS_d = dS.to(dtype)
+        R = v_c
+        read = tl.full([C], scale, tl.float32)  # what one number a row does is done on products, in float32
+        tail = tl.full([C], 1.0, tl.float32)
+        write = tail
+        if W == 1:
+            write = tl.load(w + start * S_W + r * S_W, mask=r < rows, other=0.0).to(tl.float32)
+        if W == 2:
+            w_c = tl.load(w + start * S_W + (r[:, None] * S_W + cv[None, :]), mask=inside, other=0.0).to(tl.float32)
+            R = (v_c.to(tl.float32) * w_c).to(dtype)
+        if G:
+            sums, rest, total, total_rest = head_sums(g + start * S_G, rows, S_G, C, EXACT)
+            read *= decayed(sums, rest, 0.0, 0.0, EXACT)
+            tail *= decayed(total, total_rest, sums, rest, EXACT)
+
+        # --- the state, first: what else needs its gradient has it in `dtype`, and its other factors leave the registers
+        if G:
+            dS *= decayed(total, total_rest, 0.0, 0.0, EXACT)
+            through = tl.sum(dS * S_d.to(tl.float32))
+        dS = tl.dot(tl.trans(q_c), (do_c.to(tl.float32) * read[:, None]).to(dtype), dS, input_precision=PRECISION)
+
+        # --- the scores, and their gradients times scale and decay
+        on_or_below = r[None, :] >= r[:, None]
+        P_t = tl.where(on_or_below, tl.dot(k_c, tl.trans(q_c), input_precision=PRECISION), 0.0)
+        dA_t = tl.where(on_or_below, tl.dot(R, tl.trans(do_c), input_precision=PRECISION), 0.0) * write[:, None]
+        x = scale
+        if G:
+            x *= tl.where(on_or_below, decayed(sums[None, :], rest[None, :], sums[:, None], rest[:, None], EXACT), 0.0)
+        dA_t *= x
+        if G:
+            E_t = (dA_t * P_t).to(dtype)
+        dA_t, P_t = dA_t.to(dtype), (P_t * x).to(dtype)
+
+        # --- values and write gate
+        dR = tl.dot(k_c, dS_d, input_precision=PRECISION)
+        if G:
+            after = tl.sum(dR * R.to(tl.float32), 1) * (write * tail)
+        dR = tl.dot(P_t, do_c, dR * tail[:, None], input_precision=PRECISION)
+        if W == 1:
+            tl.store(dw + summed + r * (HV * PARTS), tl.sum(dR * v_c.to(tl.float32), 1).to(dw.dtype.element_ty), mask=r < rows)
+            dR *= write[:, None]
+        if W == 2:
+            tl.store(dw + token * V + (r[:, None] * (HV * V) + cv[None, :]), (dR * v_c.to(tl.float32)).to(dw.dtype.element_ty), mask=inside)
+            dR *= w_c
+        tl.store(dv + token * V + (r[:, None] * (HV * V) + cv[None, :]), dR.to(dv.dtype.element_ty), mask=inside)
+
+        # --- keys and queries
+        dk_c = tl.dot(R, tl.trans(dS_d), input_precision=PRECISION) * (write * tail)[:, None]
+        dk_c = tl.dot(dA_t, q_c, dk_c, input_precision=PRECISION)
+        tl.store(dk + summed * K + (r[:, None] * (HV * PARTS * K) + c[None, :]), dk_c.to(dk.dtype.element_ty), mask=inside)
+        dq_c = tl.dot(do_c, tl.trans(S_d), input_precision=PRECISION) * read[:, None]
+        if G:
+            before = tl.sum(dq_c * q_c.to(tl.float32), 1)
+        dq_c = tl.dot(tl.trans(dA_t), k_c, dq_c, input_precision=PRECISION)
+        tl.store(dq + summed * K + (r[:, None] * (HV * PARTS * K) + c[None, :]), dq_c.to(dq.dtype.element_ty), mask=inside)
+
+        if G:
+            dg_c = decay_gradient(E_t, before, after, through, C, PRECISION)
+            tl.store(dg + summed + r * (HV * PARTS), dg_c, mask=r < rows)
+    tl.store(dinitial + whole, dS)
