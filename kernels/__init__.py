@@ -15,8 +15,21 @@ if TYPE_CHECKING:
     from kernels.gated_norm.api import gated_rms_norm
     from kernels.gates.api import delta_gates
     from kernels.qk_norm.api import l2_norm
+    from kernels.ranks.api import gated_skip, rank_values
+    from kernels.rotary.api import rotary_keys
 
-__all__ = ["causal_conv1d", "causal_conv1d_step", "delta_gates", "delta_rule", "delta_rule_step", "gated_rms_norm", "l2_norm"]
+__all__ = [
+    "causal_conv1d",
+    "causal_conv1d_step",
+    "delta_gates",
+    "delta_rule",
+    "delta_rule_step",
+    "gated_rms_norm",
+    "gated_skip",
+    "l2_norm",
+    "rank_values",
+    "rotary_keys",
+]
 
 _HOME = {
     "causal_conv1d": "kernels.conv1d.api",
@@ -25,7 +38,10 @@ _HOME = {
     "delta_rule": "kernels.delta.api",
     "delta_rule_step": "kernels.delta.api",
     "gated_rms_norm": "kernels.gated_norm.api",
+    "gated_skip": "kernels.ranks.api",
     "l2_norm": "kernels.qk_norm.api",
+    "rank_values": "kernels.ranks.api",
+    "rotary_keys": "kernels.rotary.api",
 }
 
 

@@ -14,7 +14,18 @@ BACKENDS: tuple[str, ...] = get_args(Requested)
 
 # Ops that have Triton kernels. An op that is missing here runs on its plain-torch reference on every device.
 TRITON_OPS: frozenset[str] = frozenset(
-    {"causal_conv1d", "causal_conv1d_step", "delta_gates", "delta_rule", "delta_rule_step", "gated_rms_norm", "l2_norm"}
+    {
+        "causal_conv1d",
+        "causal_conv1d_step",
+        "delta_gates",
+        "delta_rule",
+        "delta_rule_step",
+        "gated_rms_norm",
+        "gated_skip",
+        "l2_norm",
+        "rank_values",
+        "rotary_keys",
+    }
 )
 HAS_TRITON = find_spec("triton") is not None
 

@@ -9,7 +9,7 @@ from typing import final
 import torch
 from torch import Tensor, nn
 
-from kernels import causal_conv1d_step, delta_gates, gated_rms_norm
+from kernels import causal_conv1d_step, delta_gates, gated_rms_norm, gated_skip
 from kernels.conv1d.api import causal_conv1d_parts
 
 MIXER_GAIN = 2**-2.5  # Xavier gain of every linear in a recurrent mixer (Gated DeltaNet-2, appendix)
@@ -187,7 +187,7 @@ class GatedRMSNorm(nn.Module):
 
 @final
 class Skip(FP32Module):
-    """o + D * x, with a number D a head that starts at 1 (Mamba-2, Mamba-3). Args: `heads`."""
+    """o + D * x, with a number D a head that starts at 1 (Mamba-2); what Mamba-3 does to its outputs. Args: `heads`."""
 
     def __init__(self, heads: int) -> None:
         super().__init__()
@@ -197,8 +197,14 @@ class Skip(FP32Module):
     def reset_parameters(self) -> None:
         nn.init.ones_(self.D)
 
-    def forward(self, o: Tensor, x: Tensor) -> Tensor:
-        """o, x [.., H, V] -> o's shape and dtype; computed in at least float32."""
+    def forward(self, o: Tensor, x: Tensor, gate: Tensor | None = None, scales: Sequence[Tensor] = ()) -> Tensor:
+        """o, x [.., H, V] -> o's shape and dtype; computed in at least float32.
+
+        With a gate [.., H, V], o is [.., R, H, V]: every rank times SiLU(gate), then summed, in x's shape and dtype. scales [H, R, V] of x, gate and
+        output: see `kernels.gated_skip`.
+        """
+        if gate is not None:
+            return gated_skip(o, x, gate, self.D, *scales)
         wide = self.D.dtype
         return (o.to(wide) + x.to(wide) * self.D.unsqueeze(-1)).to(o.dtype)
 

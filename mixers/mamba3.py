@@ -12,13 +12,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from kernels import delta_rule, delta_rule_step
+from kernels import delta_rule, delta_rule_step, rank_values
+from kernels.rotary.reference import running_sum, turns
 from mixers import mamba_ssm
 from mixers.base import SequenceMixer, at_least_one, divides, linear_flops, load_named
 from mixers.delta import delta_rule_flops
 from mixers.errors import ConfigError
 from mixers.layers import MIXER_GAIN, Linear, Skip, xavier
-from mixers.mamba3_layers import HeadRMSNorm, PerRank, Rotary, Steps, StepSize, last_tokens, running_sum, shifted, unseen, wrapped, written
+from mixers.mamba3_layers import HeadRMSNorm, PerRank, Rotary, Steps, StepSize, Turned, last_tokens, shifted, unseen, written
 from mixers.mamba_ssm import Backend, Resolved
 from mixers.state import zero_state
 
@@ -130,7 +131,7 @@ class Mamba3(SequenceMixer[Mamba3State]):
         sequences, v_ranks = v.shape[0] if cu_seqlens is None else cu_seqlens.numel() - 1, self._ranks(v)
         backend = self.kernels.resolve(v.device, v.dtype, sequences)
         o, after = self.recurrence(backend, v, v_ranks, B, C, raw, state, cu_seqlens)
-        return self._output(o, v_ranks, z), after
+        return self._output(o, v, z), after
 
     def recurrence(
         self,
@@ -161,8 +162,7 @@ class Mamba3(SequenceMixer[Mamba3State]):
     def _delta(
         self, v: Tensor, v_ranks: Tensor, B: Tensor, C: Tensor, steps: Steps, state: Mamba3State | None, cu_seqlens: Tensor | None
     ) -> tuple[Tensor, Mamba3State | None]:
-        angle = running_sum(steps.turn, None if state is None else state.angle, cu_seqlens)
-        q, k = self._keys(B, C, angle, v.dtype)
+        q, k, angle = self._keys(B, C, steps, None if state is None else state.angle, cu_seqlens, v.dtype)
         k_prev = shifted(k, None if state is None else state.k, cu_seqlens)
         v_prev_ranks = self._ranks(shifted(v, None if state is None else state.v, cu_seqlens))
         w = steps.g.exp() * (shifted(steps.zeta, None if state is None else state.zeta, cu_seqlens) + steps.behind)
@@ -175,20 +175,20 @@ class Mamba3(SequenceMixer[Mamba3State]):
         o = o.unflatten(1, (-1, self.mimo_rank)) + unseen(q, k, v_ranks, steps.zeta, k_prev, v_prev_ranks, w)
         if state is None:
             return o, None
-        kept = [last_tokens(x, cu_seqlens) for x in (k, v, steps.zeta, angle)]
+        kept = [*(last_tokens(x, cu_seqlens) for x in (k, v, steps.zeta)), angle]
         return o, Mamba3State(u, *(x.to(old.dtype) for x, old in zip(kept, state[1:], strict=True)))
 
     def _mamba_ssm(
         self, v: Tensor, B: Tensor, C: Tensor, raw: list[Tensor], steps: Steps, state: Mamba3State | None, cu_seqlens: Tensor | None
     ) -> tuple[Tensor, Mamba3State | None]:
-        q_bias, k_bias = (bias.squeeze(1) for bias in self.rotary(B, C, None))
+        q_bias, k_bias = (bias.squeeze(1) for bias in self.rotary(None)[:2])
         inputs = mamba_ssm.SisoInputs(C.squeeze(-3), B.squeeze(-3), v, steps.g, steps.delta, raw[2], raw[3], q_bias, k_bias)
         if state is None:
             return mamba_ssm.siso(inputs, None, cu_seqlens)[0].to(steps.g.dtype).unsqueeze(-3), None
         h = state.u + written(state.zeta, state.k, state.v)  # there the last token is in the state
         o, after = mamba_ssm.siso(inputs, mamba_ssm.SisoState(state.angle, h, state.k.squeeze(1), state.v), cu_seqlens)
         assert after is not None
-        angle = running_sum(steps.turn, state.angle, cu_seqlens)  # theirs is rounded to bfloat16
+        angle = running_sum(turns(steps.theta, steps.delta), state.angle, cu_seqlens)  # theirs is rounded to bfloat16
         kept = [after.k.unsqueeze(1), *(last_tokens(x, cu_seqlens) for x in (v, steps.zeta, angle))]
         k, v, zeta, angle = (x.to(old.dtype) for x, old in zip(kept, state[1:], strict=True))
         return o.to(steps.g.dtype).unsqueeze(-3), Mamba3State(after.h - written(zeta, k, v), k, v, zeta, angle)
@@ -197,8 +197,9 @@ class Mamba3(SequenceMixer[Mamba3State]):
         self.check_state(state, x_BD.shape[0])
         z, v, B, C, raw = self._project(x_BD)
         steps = self.step_size(*raw)
-        angle = wrapped(state.angle + steps.turn)
-        q, k = self._keys(B, C, angle, v.dtype)
+        one = steps._replace(theta=steps.theta.unsqueeze(1), delta=steps.delta.unsqueeze(1))  # a sequence of one token
+        q, k, angle = self._keys(B.unsqueeze(1), C.unsqueeze(1), one, state.angle, None, v.dtype)
+        q, k = q.squeeze(1), k.squeeze(1)
         k_prev, v_prev = state.k.to(v.dtype), self._ranks(state.v.to(v.dtype))
         w, v_ranks = steps.g.exp() * (state.zeta + steps.behind), self._ranks(v)
         u, rows = state.u, []
@@ -208,7 +209,7 @@ class Mamba3(SequenceMixer[Mamba3State]):
             rows.append(o)
         o = torch.stack(rows, 1) + unseen(q, k, v_ranks, steps.zeta, k_prev, v_prev, w)
         kept = (x.to(old.dtype) for x, old in zip((k, v, steps.zeta, angle), state[1:], strict=True))
-        return self._output(o, v_ranks, z), Mamba3State(u, *kept)
+        return self._output(o, v, z), Mamba3State(u, *kept)
 
     def init_state(
         self,
@@ -248,18 +249,28 @@ class Mamba3(SequenceMixer[Mamba3State]):
         B, C = (t.unflatten(-1, (self.mimo_rank, self.num_groups, -1)) for t in (B, C))
         return z, v, self.B_norm(B), self.C_norm(C), raw
 
-    def _keys(self, B: Tensor, C: Tensor, angle: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-        q, k = self.rotary(B, C, angle)
-        return q.to(dtype), k.to(dtype)
+    def _keys(
+        self, B: Tensor, C: Tensor, steps: Steps, first: Tensor | None, cu_seqlens: Tensor | None, dtype: torch.dtype
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """q, k [B, T, R, H, K] and the last angle of each sequence, from B and C [B, T, R, G, K] and the angle before."""
+        first = None if first is None else first.to(steps.delta.dtype)
+        q, k, angle = self.rotary(Turned(B, C, steps.theta, steps.delta, first, cu_seqlens, dtype))
+        return q, k, angle
+
+    def _scales(self) -> list[Tensor]:
+        """What values, gates and outputs are multiplied by for every rank, [H, R, V] each; none for one rank."""
+        return [module() for module in (self.mimo_x, self.mimo_z, self.mimo_o) if isinstance(module, PerRank)]
 
     def _ranks(self, v: Tensor) -> Tensor:
         """v [.., H, V] scaled for every rank, [.., R, H, V], in v's dtype."""
-        scaled: Tensor = self.mimo_x(v.unsqueeze(-3))
-        return scaled.to(v.dtype)
+        return rank_values(v, self.mimo_x()) if isinstance(self.mimo_x, PerRank) else v.unsqueeze(-3)
 
     def _output(self, o: Tensor, v: Tensor, z: Tensor) -> Tensor:
-        """o, v [.., R, H, V], z [.., H, V] -> [.., d_model]."""
-        gate = F.silu(self.mimo_z(z.unsqueeze(-3).to(o.dtype)))
-        y = self.mimo_o(self.norm(self.skip(o, v)) * gate).sum(-3)
-        out: Tensor = self.out_proj(y.flatten(-2).to(v.dtype))
+        """o [.., R, H, V], v, z [.., H, V] -> [.., d_model]."""
+        if isinstance(self.norm, HeadRMSNorm):  # between the skip connection and the gate: more than the fused op does
+            gate = F.silu(self.mimo_z(z.unsqueeze(-3).to(o.dtype)))
+            y = self.mimo_o(self.norm(self.skip(o, self._ranks(v))) * gate).sum(-3).to(v.dtype)
+        else:
+            y = self.skip(o, v, z, self._scales())
+        out: Tensor = self.out_proj(y.flatten(-2))
         return out

@@ -1,5 +1,5 @@
-"""What Mamba-3 does around the recurrence: the shift by a token, running angles, rotation, what a token's rows do not see of each other, and the
-modules that own its parameters. Equations: mamba3.md.
+"""What Mamba-3 does around the recurrence: the shift by a token, what a token's rows do not see of each other, and the modules that own its
+parameters. Equations: mamba3.md.
 
 Shapes: B batch, T tokens, N sequences (B, or the number of packed documents), R ranks, G groups, H heads, K key size, V value size, A angles.
 """
@@ -13,6 +13,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from kernels import rotary_keys
+from kernels.rotary.reference import wrapped as wrapped
 from mixers.layers import FP32Module, fp32_parameter, inverse_softplus
 
 
@@ -29,57 +31,6 @@ def shifted(x: Tensor, first: Tensor | None, cu_seqlens: Tensor | None) -> Tenso
 def last_tokens(x: Tensor, cu_seqlens: Tensor | None) -> Tensor:
     """The last token of every sequence: x [B, T, ..] -> [N, ..]."""
     return x[:, -1] if cu_seqlens is None else x[0].index_select(0, cu_seqlens[1:].long() - 1)
-
-
-class _DocumentSum(torch.autograd.Function):
-    """Running sums inside packed documents. Both directions only gather: autograd's own backward would add to the documents' starts with atomics."""
-
-    @staticmethod
-    def forward(ctx, x: Tensor, starts: Tensor, ends: Tensor) -> Tensor:  # type: ignore[no-untyped-def]
-        ctx.save_for_backward(ends)
-        total = _pad_tokens(x.cumsum(1), 1, 0)
-        return total[:, 1:] - total.index_select(1, starts)
-
-    @staticmethod
-    def backward(ctx, grad: Tensor) -> tuple[Tensor, None, None]:  # type: ignore[no-untyped-def]
-        (ends,) = ctx.saved_tensors
-        total = _pad_tokens(grad.flip(1).cumsum(1).flip(1), 0, 1)
-        return total[:, :-1] - total.index_select(1, ends), None, None
-
-
-def _pad_tokens(x: Tensor, before: int, behind: int) -> Tensor:
-    return F.pad(x, (*[0, 0] * (x.ndim - 2), before, behind))
-
-
-def running_sum(x: Tensor, first: Tensor | None, cu_seqlens: Tensor | None) -> Tensor:
-    """first + x_1 + ... + x_t in every sequence, modulo 2 pi: x [B, T, ..], first [N, ..] (None: zero) -> [B, T, ..] in x's dtype.
-
-    Summed in float64: float32 would be off by 1e-3 rad after a few thousand tokens, and more where documents are packed.
-    """
-    wide = x.double()
-    if cu_seqlens is None:
-        total = wide.cumsum(1)
-        return wrapped(total if first is None else first.unsqueeze(1) + total).to(x.dtype)
-    ends = cu_seqlens.long()
-    if first is not None:
-        wide = wide.index_add(1, ends[:-1], first.unsqueeze(0).double())
-    document = torch.searchsorted(ends[1:], torch.arange(x.shape[1], device=x.device), right=True)
-    inside: Tensor = _DocumentSum.apply(wide, ends[document], ends[document + 1])  # type: ignore[no-untyped-call]
-    return wrapped(inside).to(x.dtype)
-
-
-def wrapped(angle: Tensor) -> Tensor:
-    """The same angle in [-pi, pi]; small angles keep their digits."""
-    return angle - 2 * math.pi * (angle / (2 * math.pi)).round()
-
-
-def rotate_pairs(x: Tensor, angle: Tensor, *, neighbours: bool) -> Tensor:
-    """Channel pairs of x [.., R, H, K] turned by angle [.., H, A]: pairs (2i, 2i+1) if `neighbours`, else (i, i + K/2); those behind A stay."""
-    angle = F.pad(angle, (0, x.shape[-1] // 2 - angle.shape[-1])).unsqueeze(-3)
-    cos, sin = angle.cos(), angle.sin()
-    first, second = x.unflatten(-1, (-1, 2)).unbind(-1) if neighbours else x.chunk(2, -1)
-    turned = [first * cos - second * sin, first * sin + second * cos]
-    return torch.stack(turned, -1).flatten(-2) if neighbours else torch.cat(turned, -1)
 
 
 def unseen(q: Tensor, k: Tensor, v: Tensor, zeta: Tensor, k_prev: Tensor, v_prev: Tensor, w: Tensor) -> Tensor:
@@ -104,13 +55,13 @@ class Steps(NamedTuple):
     g: Tensor  # log-decay A Delta < 0
     zeta: Tensor  # weight of the token itself, lambda Delta
     behind: Tensor  # weight of the token before it, before the decay, (1 - lambda) Delta
-    turn: Tensor  # [.., H, A] angle by which keys and queries turn from the token before
+    theta: Tensor  # [.., A] keys and queries turn by pi tanh(theta) Delta from the token before
     delta: Tensor  # step size Delta, the sum of zeta and behind
 
 
 @final
 class StepSize(FP32Module):
-    """Delta = softplus(f + dt_bias), A = -max(softplus(a), a_floor), lambda = sigmoid(trap), turn = pi tanh(theta) Delta.
+    """Delta = softplus(f + dt_bias), A = -max(softplus(a), a_floor), lambda = sigmoid(trap).
 
     Starts with softplus(dt_bias) log-uniform in [dt_min, dt_max], floor dt_floor.
     """
@@ -132,11 +83,22 @@ class StepSize(FP32Module):
 
     def forward(self, f: Tensor, a: Tensor, trap: Tensor, theta: Tensor) -> Steps:
         """f, a, trap [.., H], theta [.., A]."""
-        f, a, trap, theta = (x.to(self.dt_bias.dtype) for x in (f, a, trap, theta))
+        f, a, trap = (x.to(self.dt_bias.dtype) for x in (f, a, trap))
         delta = F.softplus(f + self.dt_bias)
         g = -F.softplus(a).clamp_min(self.a_floor) * delta
-        turn = math.pi * theta.tanh().unsqueeze(-2) * delta.unsqueeze(-1)
-        return Steps(g, trap.sigmoid() * delta, (-trap).sigmoid() * delta, turn, delta)
+        return Steps(g, trap.sigmoid() * delta, (-trap).sigmoid() * delta, theta, delta)
+
+
+class Turned(NamedTuple):
+    """What keys and queries are made of beside their biases."""
+
+    B: Tensor  # [B, T, R, G, K] normalised
+    C: Tensor
+    theta: Tensor  # [B, T, A]
+    delta: Tensor  # [B, T, H]
+    first: Tensor | None  # [N, H, A] angle before the first token
+    cu_seqlens: Tensor | None
+    dtype: torch.dtype  # of q and k
 
 
 @final
@@ -153,16 +115,13 @@ class Rotary(FP32Module):
         nn.init.ones_(self.B_bias)
         nn.init.ones_(self.C_bias)
 
-    def forward(self, B: Tensor, C: Tensor, angle: Tensor | None) -> tuple[Tensor, Tensor]:
-        """B, C [.., R, G, K] in at least float32, angle [.., H, A] -> q, k [.., R, H, K]. No angle: the biases of q and k alone, [H, R, K]."""
-        if angle is None:  # for kernels that add them and turn the sums themselves
-            return self.C_bias, self.B_bias
-        k, q = (self._turned(x, bias, angle) for x, bias in ((B, self.B_bias), (C, self.C_bias)))
-        return q, k
-
-    def _turned(self, x: Tensor, bias: Tensor, angle: Tensor) -> Tensor:
-        heads = x.unsqueeze(-2) + bias.transpose(0, 1).unflatten(1, (x.shape[-2], -1))  # [.., R, G, H / G, K]
-        return rotate_pairs(heads.flatten(-3, -2), angle, neighbours=self.rank == 1)
+    def forward(self, x: Turned | None) -> tuple[Tensor, Tensor, Tensor | None]:
+        """q, k [B, T, R, H, K] and the last angles [N, H, A]. None: the biases of q and k alone, [H, R, K], for kernels that add them themselves."""
+        if x is None:
+            return self.C_bias, self.B_bias, None
+        B, C, theta, delta, first, cu_seqlens, dtype = x
+        pairs, biases = self.rank == 1, (self.B_bias, self.C_bias)
+        return rotary_keys(B, C, *biases, theta, delta, first=first, cu_seqlens=cu_seqlens, neighbours=pairs, dtype=dtype)
 
 
 def written(zeta: Tensor, k: Tensor, v: Tensor) -> Tensor:
@@ -173,7 +132,7 @@ def written(zeta: Tensor, k: Tensor, v: Tensor) -> Tensor:
 
 @final
 class PerRank(FP32Module):
-    """x [.., R or 1, H, V] times a weight [H, R, V], in at least float32."""
+    """x [.., R or 1, H, V] times a weight [H, R, V], in at least float32; without x the weight, for kernels that multiply."""
 
     def __init__(self, heads: int, rank: int, size: int, start: float) -> None:
         super().__init__()
@@ -184,8 +143,8 @@ class PerRank(FP32Module):
     def reset_parameters(self) -> None:
         nn.init.constant_(self.weight, self.start)
 
-    def forward(self, x: Tensor) -> Tensor:
-        return x * self.weight.transpose(0, 1)
+    def forward(self, x: Tensor | None = None) -> Tensor:
+        return self.weight if x is None else x * self.weight.transpose(0, 1)
 
 
 @final

@@ -28,7 +28,18 @@ def test_doctor_without_a_gpu(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["doctor"]) == 0
     out = capsys.readouterr().out
     assert f"torch        {torch.__version__}" in out
-    for op in ("delta_rule", "delta_rule_step", "causal_conv1d", "causal_conv1d_step", "delta_gates", "gated_rms_norm", "l2_norm"):
+    for op in (
+        "delta_rule",
+        "delta_rule_step",
+        "causal_conv1d",
+        "causal_conv1d_step",
+        "delta_gates",
+        "gated_rms_norm",
+        "l2_norm",
+        "rotary_keys",
+        "gated_skip",
+        "rank_values",
+    ):
         assert f" {op} " in out
     assert f"All {len(checks.quick())} checks passed: the reference is right here" in out
     assert not verdict.cache_folder().exists()  # the reference takes seconds: nothing is kept

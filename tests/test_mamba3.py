@@ -10,12 +10,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from kernels.rotary.reference import running_sum, turns, wrapped
 from mixers import registry
 from mixers.contract import assert_close, error, inputs
 from mixers.errors import ConfigError
 from mixers.init import initialize
 from mixers.mamba3 import MAMBA_SSM, Mamba3
-from mixers.mamba3_layers import running_sum, wrapped
 
 D, T = 8, 11
 SIZES = {"head_dim": 4, "d_state": 8}
@@ -191,12 +191,12 @@ def test_steps_at_the_ends_of_their_ranges() -> None:
     step_size = built().step_size
     ends = torch.tensor([-1e4, -50.0, 50.0, 1e4], dtype=torch.float64)
     delta = F.softplus(step_size.dt_bias)
-    g, zeta, behind, turn, step = step_size(torch.zeros(4, dtype=torch.float64), ends, ends, ends[[0, 3]])
+    g, zeta, behind, theta, step = step_size(torch.zeros(4, dtype=torch.float64), ends, ends, ends[[0, 3]])
     assert_close(g, -torch.tensor([1e-4, 1e-4, 50, 1e4], dtype=torch.float64) * delta, "g")
     assert_close(step, delta.expand(4), "step size")
     assert_close(zeta + behind, delta, "both weights")
     assert_close(zeta / delta, torch.tensor([0, math.exp(-50), 1, 1], dtype=torch.float64), "lambda")
-    assert_close(turn, math.pi * torch.tensor([-1, 1], dtype=torch.float64) * delta.unsqueeze(1), "turn")
+    assert_close(turns(theta, step), math.pi * torch.tensor([-1, 1], dtype=torch.float64) * delta.unsqueeze(1), "turn")
 
 
 # --- parameters ---

@@ -66,8 +66,8 @@ def _delta(n: int, *, mixer: str) -> Problem:
     return problems.delta_rule(mixer, _small(n), Draw(), extreme=True, state=True)
 
 
-def _packed(n: int) -> Problem:
-    return problems.delta_rule("gdn2", _small(n, 2), Draw(seed=1), packed=True, state=True)
+def _packed(n: int, *, mixer: str) -> Problem:
+    return problems.delta_rule(mixer, _small(n, 2), Draw(seed=1), packed=True, state=True)
 
 
 def _long(n: int) -> Problem:
@@ -94,14 +94,21 @@ def _taps(make: Callable[..., Problem], n: int, *, taps: int) -> Problem:
     return make(_layer(n), Draw(seed=taps), taps=taps)
 
 
+def _ranked(make: Callable[..., Problem], n: int, *, ranks: int) -> Problem:
+    return make(_layer(n), Draw(seed=ranks), ranks=ranks)
+
+
 def _gates(n: int, *, mixer: str) -> Problem:
     return problems.delta_gates(mixer, _layer(n), Draw(), extreme=True)
 
 
 def _table() -> Iterator[Check]:
     for mixer in problems.WIDTHS:
-        yield Check(f"{mixer}, extreme gates", "delta_rule", partial(_delta, mixer=mixer), HEAD_SIZES if mixer == "gdn2" else FULL_SIZES, mixer)
-    yield Check("gdn2, packed, grouped heads", "delta_rule", _packed, mixer="gdn2")
+        yield Check(
+            f"{mixer}, extreme gates", "delta_rule", partial(_delta, mixer=mixer), HEAD_SIZES if mixer in ("gdn2", "mamba2") else FULL_SIZES, mixer
+        )
+    for mixer, sizes in (("gdn2", FULL_SIZES), ("mamba2", (64, 128))):
+        yield Check(f"{mixer}, packed, grouped heads", "delta_rule", partial(_packed, mixer=mixer), sizes, mixer)
     yield Check("gdn2, one long sequence", "delta_rule", _long, mixer="gdn2")
     for mixer in ("gdn2", "gla"):
         yield Check(f"{mixer}, K and V unequal", "delta_rule", partial(_unequal, mixer=mixer), (64, 128), mixer)
@@ -121,6 +128,11 @@ def _table() -> Iterator[Check]:
         yield Check(f"{mixer}, extreme inputs", "delta_gates", partial(_gates, mixer=mixer), HEAD_SIZES if mixer == "gdn2" else FULL_SIZES)
     yield Check("SiLU gate", "gated_rms_norm", lambda n: problems.gated_rms_norm(_layer(n), Draw()), HEAD_SIZES)
     yield Check("queries and keys", "l2_norm", lambda n: problems.l2_norm(_layer(n), Draw()), HEAD_SIZES)
+    for ranks in (1, 4):
+        yield Check(f"mamba3, rank {ranks}", "gated_skip", partial(_ranked, problems.gated_skip, ranks=ranks), HEAD_SIZES)
+    yield Check("mamba3, rank 4", "rank_values", partial(_ranked, problems.rank_values, ranks=4))
+    yield Check("mamba3, packed", "rotary_keys", lambda n: problems.rotary_keys(_layer(n), Draw(), ranks=1, packed=True), HEAD_SIZES)
+    yield Check("mamba3, rank 4", "rotary_keys", partial(_ranked, problems.rotary_keys, ranks=4), HEAD_SIZES)
 
 
 CHECKS: tuple[Check, ...] = tuple(_table())

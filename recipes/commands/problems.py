@@ -24,6 +24,7 @@ WIDTHS: dict[str, tuple[Width, Width, Width]] = {  # of g, b and w, by the mixer
     "deltanet": ("absent", "scalar", "scalar"),
     "gla": ("channel", "absent", "absent"),
     "mamba2": ("scalar", "absent", "scalar"),
+    "linear_attention": ("absent", "absent", "absent"),
 }
 EXTREME_DECAYS = (0.0, -1e-6, -5.0, -50.0, -1000.0)
 CONV_SIZE = 4
@@ -38,6 +39,9 @@ OUTPUTS = {
     "delta_gates": ("g", "b", "w"),
     "gated_rms_norm": ("y",),
     "l2_norm": ("q_unit", "k_unit"),
+    "gated_skip": ("y",),
+    "rank_values": ("y",),
+    "rotary_keys": ("q", "k", "last"),
 }
 
 
@@ -229,3 +233,32 @@ def l2_norm(shape: Shape, draw: Draw) -> Problem:
     size = (shape.batch, shape.tokens, shape.heads, shape.dk)
     leaves = {name: draw.normal(*size) for name in "qk"}
     return Problem("l2_norm", leaves, {}, {name: draw.cotangent(*size) for name in OUTPUTS["l2_norm"]})
+
+
+def gated_skip(shape: Shape, draw: Draw, *, ranks: int) -> Problem:
+    """What Mamba-3 does to the outputs of its recurrence, which are float32; without scales for one rank."""
+    size, each = (shape.batch, shape.tokens, shape.v_heads, shape.dv), (shape.v_heads, ranks, shape.dv)
+    leaves = {"o": draw.normal(*size[:2], ranks, *size[2:]), "v": draw.normal(*size), "z": draw.normal(*size), "D": draw.normal(shape.v_heads)}
+    scales = {name: draw.normal(*each) for name in ("v_scale", "z_scale", "out_scale")} if ranks > 1 else {}
+    return Problem("gated_skip", leaves | scales, {}, {"y": draw.cotangent(*size)}, frozenset({"o", "D", *scales}))
+
+
+def rank_values(shape: Shape, draw: Draw, *, ranks: int) -> Problem:
+    """The values of every rank, before Mamba-3's recurrence."""
+    size, each = (shape.batch, shape.tokens, shape.v_heads, shape.dv), (shape.v_heads, ranks, shape.dv)
+    leaves = {"v": draw.normal(*size), "scale": draw.normal(*each)}
+    return Problem("rank_values", leaves, {}, {"y": draw.cotangent(*size[:2], ranks, *size[2:])}, frozenset({"scale"}))
+
+
+def rotary_keys(shape: Shape, draw: Draw, *, ranks: int, packed: bool = False) -> Problem:
+    """The keys and queries of Mamba-3, half of whose channels turn. The last angles stay away from pi, where rounding would show as a whole turn."""
+    lead = (1, sum(DOCUMENTS)) if packed else (shape.batch, shape.tokens)
+    sequences, heads, angles = len(DOCUMENTS) if packed else shape.batch, shape.heads, shape.dk // 4
+    leaves = {name: draw.normal(*lead, ranks, 1, shape.dk) for name in "BC"} | {f"{name}_bias": draw.normal(heads, ranks, shape.dk) for name in "BC"}
+    leaves |= {"theta": draw.normal(*lead, angles), "delta": 0.02 * draw.uniform(*lead, heads)}
+    leaves["first"] = draw.uniform(sequences, heads, angles)
+    options: dict[str, Any] = {"neighbours": ranks == 1}
+    if packed:
+        options["cu_seqlens"] = torch.tensor([0, *DOCUMENTS], device=draw.device).cumsum(0).to(torch.int32)
+    cotangents = {name: draw.cotangent(*lead, ranks, heads, shape.dk) for name in "qk"} | {"last": draw.cotangent(sequences, heads, angles)}
+    return Problem("rotary_keys", leaves, options, cotangents, frozenset({"B_bias", "C_bias", "delta", "first", "last"}))

@@ -1,0 +1,18 @@
+"""Tiles of the kernels. The size of a row is the number of ranks, rounded up to a power of two."""
+
+from __future__ import annotations
+
+from kernels.tiles import Tile, TileTable
+
+# A program holds TILE entries of v at a time, RANKED of all ranks together, and does so STEPS times. More of them would take more registers, and 8
+# entries a thread (16 bytes of 16-bit numbers) would lie otherwise than 4 of float32, which then pass through shared memory.
+TILES = TileTable(
+    "gated_skip",
+    safe={
+        "forward": Tile(num_warps=4, num_stages=1, blocks={"TILE": 512, "RANKED": 2048, "STEPS": 8}),
+        "backward": Tile(num_warps=4, num_stages=1, blocks={"TILE": 512, "RANKED": 1024, "STEPS": 64}),
+        "ranks_forward": Tile(num_warps=4, num_stages=1, blocks={"TILE": 512, "RANKED": 4096, "STEPS": 8}),
+        "ranks_backward": Tile(num_warps=4, num_stages=1, blocks={"TILE": 512, "RANKED": 4096, "STEPS": 64}),
+    },
+    tuned={},
+)

@@ -1,0 +1,1 @@
+"""Mamba-3's keys and queries: biases added, turned by running angles, for every head and rank in one launch."""

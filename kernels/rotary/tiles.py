@@ -1,0 +1,20 @@
+"""Tiles of the kernels. The size of a row is the number of angles rounded up to a power of two; its itemsize that of q and k."""
+
+from __future__ import annotations
+
+from kernels.tiles import Tile, TileTable
+
+# ANGLES, PAIRS: angles, and pairs of channels, of a program. VECTOR: channels that a thread reads at once, at most: the fewer, the more heads are in
+# one thread, whose sums over heads need no other thread. COLUMNS: of all heads' angles
+TILES = TileTable(
+    "rotary_keys",
+    safe={
+        "turns": Tile(num_warps=4, num_stages=1, blocks={"ANGLES": 512}),
+        "starts": Tile(num_warps=4, num_stages=1, blocks={"COLUMNS": 128}),
+        "forward": Tile(num_warps=1, num_stages=1, blocks={"PAIRS": 256, "VECTOR": 8}),
+        "backward": Tile(num_warps=1, num_stages=1, blocks={"PAIRS": 256, "VECTOR": 4}),
+        "carries": Tile(num_warps=4, num_stages=1, blocks={"COLUMNS": 128}),
+        "gradients": Tile(num_warps=4, num_stages=1, blocks={"ANGLES": 256}),
+    },
+    tuned={},
+)
