@@ -135,7 +135,7 @@ def test_gates_of_every_mixer(name: str) -> None:
     expected = {
         **{key: {"g", "b", "w"} for key in ("gdn2", "kda", "gdn")},
         **{"deltanet": {"b", "w"}, "gla": {"g"}, "mamba2": {"g", "w"}},
-        "mamba3": {"g", "w", *(f"step_size.{gate}" for gate in ("g", "zeta", "behind", "turn", "delta"))},
+        "mamba3": {"g", "w", *(f"step_size.{gate}" for gate in ("g", "zeta", "behind", "theta", "delta"))},
     }
     lm = make_lm("cpu", d_model=16, layout=[name], mixers={name: small_settings(name, {})})
     tracer = Tracer(lm)
