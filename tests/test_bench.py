@@ -135,6 +135,18 @@ def test_ours_is_proved_against_float64(op: str) -> None:
         assert max(errors.values()) < 1e-5
 
 
+def test_sums_over_later_tokens_are_allowed_more_the_more_there_are() -> None:
+    (group,) = groups_of([], "siso")
+    ours = group.entries[0]
+    longer = group._replace(entries=[ours._replace(cotangents=(torch.empty(1, 4096, 2, 16),))])
+    few, many = (bench_ops.allowed(g, ("out0", "dtheta", "dB"), torch.bfloat16) for g in (group, longer))
+    assert few == dict.fromkeys(("out0", "dtheta", "dB"), 4e-2)
+    assert many == {**few, "dtheta": 8e-2}
+    off = group._replace(entries=[ours._replace(function=lambda **leaves: 1.001 * ours.function(**leaves))])
+    with pytest.raises(bench_ops.WrongResultError, match=r"is off by 1\.0e-03 of its largest entry, 3e-05 are allowed in torch\.float32"):
+        bench_ops.prove(off, torch.float32)
+
+
 def options(folder: Path, **changed: Any) -> Namespace:
     return Namespace(**{"dtype": "float32", "errors": True, "budget_ms": 1.0, "first_call": False, "out": folder, **changed})
 

@@ -76,7 +76,7 @@ def fla_fixture(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.usefixtures("fla")
-@pytest.mark.parametrize("op", [op for op in bench_groups.OPS if op not in ("ssd", "siso")])
+@pytest.mark.parametrize("op", [op for op in bench_groups.OPS if op not in ("ssd", "siso", *bench_groups.RANKED)])
 def test_peers_get_the_same_problem(op: str) -> None:
     found = groups_of(["fla", "sdpa"], op)
     for group in found:

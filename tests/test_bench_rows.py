@@ -17,6 +17,7 @@ from mixers.errors import ConfigError
 from recipes.__main__ import main
 from recipes.commands import bench_plot, bench_rows, bench_tune
 from recipes.commands.bench_rows import Row
+from recipes.commands.problems import Shape
 
 ROOT = Path(__file__).parents[1]
 
@@ -168,3 +169,8 @@ def test_tune_knows_every_table() -> None:
     for name, path in bench_tune.TABLES.items():
         table = importlib.import_module(path).TILES
         assert isinstance(table, TileTable), name
+
+
+def test_tune_runs_every_rank() -> None:
+    found = list(bench_tune.works_of("skip", "gdn2", Shape(1, 8, 2, 16, 16), torch.float32, "cpu"))
+    assert ["dout_scale" in work() for work in found] == [False, True]

@@ -16,3 +16,16 @@ TILES = TileTable(
     },
     tuned={},
 )
+
+
+def _candidates(sizes: tuple[tuple[int, int, int], ...], steps: tuple[int, ...]) -> list[Tile]:
+    return [Tile(warps, 1, {"TILE": tile, "RANKED": ranked, "STEPS": n}) for tile, ranked, warps in sizes for n in steps]
+
+
+# what `bench tune` tries
+CANDIDATES = {
+    "forward": _candidates(((512, 2048, 4), (512, 1024, 2), (1024, 4096, 8), (1024, 2048, 4)), (2, 8, 16)),
+    "backward": _candidates(((512, 1024, 4), (512, 512, 2), (512, 2048, 8), (1024, 2048, 8)), (16, 64, 128)),
+    "ranks_forward": _candidates(((512, 4096, 4), (512, 2048, 2), (1024, 4096, 8)), (2, 8, 16)),
+    "ranks_backward": _candidates(((512, 4096, 4), (512, 2048, 2), (1024, 4096, 8)), (16, 64, 128)),
+}

@@ -18,3 +18,19 @@ TILES = TileTable(
     },
     tuned={},
 )
+
+# what `bench tune` tries
+CANDIDATES = {
+    "turns": [Tile(warps, 1, {"ANGLES": angles}) for angles, warps in ((256, 2), (256, 4), (1024, 4), (1024, 8), (2048, 8))],
+    "forward": [
+        Tile(warps, 1, {"PAIRS": pairs, "VECTOR": vector})
+        for pairs, warps in ((128, 1), (256, 1), (256, 2), (512, 1), (512, 2), (1024, 4))
+        for vector in (4, 8)
+    ],
+    "backward": [
+        Tile(warps, 1, {"PAIRS": pairs, "VECTOR": vector})
+        for pairs, warps in ((128, 1), (256, 1), (256, 2), (512, 1), (512, 2))
+        for vector in (2, 4, 8)
+    ],
+    "gradients": [Tile(warps, 1, {"ANGLES": angles}) for angles, warps in ((256, 2), (512, 4), (512, 8), (1024, 8))],
+}

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from kernels import causal_conv1d, delta_gates, delta_rule, gated_rms_norm, l2_norm
+from kernels import causal_conv1d, delta_gates, delta_rule, gated_rms_norm, gated_skip, l2_norm, rank_values, rotary_keys
 from kernels.backend import Requested
 from kernels.delta.reference import chunkwise
 from mixers import mamba_ssm
@@ -27,7 +27,11 @@ OPS = {
     "l2norm": "l2_norm",
     "ssd": "delta_rule",
     "siso": "delta_rule",
+    "rotary": "rotary_keys",
+    "skip": "gated_skip",
+    "ranks": "rank_values",
 }
+RANKS = (1, 4)  # of Mamba-3: SISO and MIMO
 OURS = "ours"
 Function = Callable[..., Any]
 
@@ -39,6 +43,7 @@ class Group(NamedTuple):
     exact: Function  # the same in float64, in plain torch
     heads: tuple[int, ...] | None = None  # where only these heads of the last batch row are held against it; (): all heads of it; None: everything
     shared: frozenset[str] = frozenset()  # leaves without a batch axis; with `heads` their gradients, sums over the batch, are not held against it
+    sums: frozenset[str] = frozenset()  # leaves whose gradients are sums over all later tokens that nearly cancel, see `bench_ops.allowed`
 
 
 def groups(op: str, mixers: Sequence[str], shape: Shape, dtype: torch.dtype, baselines: Sequence[str], device: str = "cuda") -> Iterator[Group]:
@@ -57,6 +62,9 @@ def groups(op: str, mixers: Sequence[str], shape: Shape, dtype: torch.dtype, bas
         yield _conv(shape, dtype, device, fla)
     elif op == "gates":
         yield _gates(shape, dtype, device, fla)
+    elif op in RANKED:
+        for ranks in RANKS if op != "ranks" else RANKS[1:]:
+            yield _ranked(op, ranks, shape, dtype, device)
     elif op == "l2norm":
         yield _group(problems.l2_norm(shape, Draw(device)).to(dtype), "l2_norm", l2_norm, [peers.fla_l2norm()] if fla else [])
     else:
@@ -147,6 +155,21 @@ def _gates(shape: Shape, dtype: torch.dtype, device: str, fla: bool) -> Group:
     return _group(problem, "gates", delta_gates, [peers.fla_gates()] if fla else [])
 
 
+RANKED: dict[str, tuple[Callable[..., Problem], Function, tuple[str, ...]]] = {  # problem, op and options
+    "rotary": (problems.rotary_keys, rotary_keys, ("neighbours",)),
+    "skip": (problems.gated_skip, gated_skip, ()),
+    "ranks": (problems.rank_values, rank_values, ()),
+}
+
+
+def _ranked(op: str, ranks: int, shape: Shape, dtype: torch.dtype, device: str) -> Group:
+    """What Mamba-3 does around its recurrence."""
+    make, function, keep = RANKED[op]
+    problem = make(shape, Draw(device), ranks=ranks).to(dtype)
+    shared = frozenset({"B_bias", "C_bias", "D", "v_scale", "z_scale", "out_scale", "scale"} & problem.leaves.keys())
+    return _group(problem, f"{problem.op}, rank {ranks}", function, [], keep)._replace(heads=(), shared=shared)
+
+
 def _ssd(shape: Shape, dtype: torch.dtype, device: str, mamba: bool) -> Group:
     """Mamba-2's recurrence: `heads` value heads of `dv` share B and C of `dk`; step sizes and rates in float32."""
     draw, lead = Draw(device), (shape.batch, shape.tokens)
@@ -192,7 +215,7 @@ def _siso(shape: Shape, dtype: torch.dtype, device: str, mamba: bool) -> Group:
     found: list[peers.Peer] = [(OURS, partial(recurrence, "delta"))]
     found += [(peers.mamba_ssm_version(), partial(recurrence, "mamba_ssm"))] if mamba else []
     entries = [Entry("siso", name, run, _leaves(leaves), (o,)) for name, run in found]
-    return Group(entries, partial(recurrence, "delta"), (), frozenset(parameters))
+    return Group(entries, partial(recurrence, "delta"), (), frozenset(parameters), frozenset({"theta"}))
 
 
 # --- proof ---

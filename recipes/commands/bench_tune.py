@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from functools import partial
 from importlib import import_module
 from typing import NamedTuple
 
@@ -19,7 +20,7 @@ from mixers.errors import unknown
 from recipes.commands import bench_groups, problems
 from recipes.commands.arguments import Arguments
 from recipes.commands.bench_arguments import add_common, dtype_of, numbers_of, prepare, shapes_of
-from recipes.commands.bench_timing import Clock, CudaClock, Entry, in_turns
+from recipes.commands.bench_timing import Clock, CudaClock, in_turns
 from recipes.commands.checks import TOLERANCE
 from recipes.commands.problems import Draw, Shape
 
@@ -30,6 +31,9 @@ TABLES = {  # the module of an op's table
     "gates": "kernels.gates.tiles",
     "norm": "kernels.gated_norm.tiles",
     "l2norm": "kernels.qk_norm.tiles",
+    "rotary": "kernels.rotary.tiles",
+    "skip": "kernels.ranks.tiles",
+    "ranks": "kernels.ranks.tiles",
 }
 
 
@@ -57,22 +61,25 @@ def run(argv: list[str]) -> int:
     prepare(given)
     clock = CudaClock()
     for batch, tokens in shapes:
-        work = work_of(given.op, given.mixer, Shape(batch, tokens, given.heads, given.dim, given.dim), dtype)
-        for kernel, key in picks(table, work):
-            if given.kernel in (None, kernel):
-                listed: Sequence[Tile] = getattr(module, "CANDIDATES", {}).get(kernel, ())
-                found = tune(table, kernel, key, work, clock, TOLERANCE[dtype], given.budget_ms, listed)
-                report(f"{table.op}: {kernel}, {batch} x {tokens:,} tokens", key, found)
+        done: set[tuple[str, Key]] = set()
+        for work in works_of(given.op, given.mixer, Shape(batch, tokens, given.heads, given.dim, given.dim), dtype):
+            for kernel, key in picks(table, work):
+                if given.kernel in (None, kernel) and (kernel, key) not in done:
+                    listed: Sequence[Tile] = getattr(module, "CANDIDATES", {}).get(kernel, ())
+                    found = tune(table, kernel, key, work, clock, TOLERANCE[dtype], given.budget_ms, listed)
+                    report(f"{table.op}: {kernel}, {batch} x {tokens:,} tokens", key, found)
+                done.add((kernel, key))
     return 0
 
 
-def work_of(op: str, mixer: str, shape: Shape, dtype: torch.dtype) -> Callable[[], dict[str, Tensor]]:
-    """One run of an op, forward and backward, with its results."""
+def works_of(op: str, mixer: str, shape: Shape, dtype: torch.dtype, device: str = "cuda") -> Iterator[Callable[[], dict[str, Tensor]]]:
+    """Runs of an op, forward and backward, with their results: one for each rank of what has ranks."""
     if op == "step":
-        problem = problems.delta_rule_step(mixer, shape, Draw("cuda")).to(dtype)
-        return lambda: problems.run(problem, problems.call(problem))
-    entry: Entry = next(iter(bench_groups.groups(op, [mixer], shape, dtype, [], "cuda"))).entries[0]
-    return lambda: bench_groups.results(entry)
+        problem = problems.delta_rule_step(mixer, shape, Draw(device)).to(dtype)
+        yield lambda: problems.run(problem, problems.call(problem))
+        return
+    for group in bench_groups.groups(op, [mixer], shape, dtype, [], device):
+        yield partial(bench_groups.results, group.entries[0])
 
 
 def picks(table: TileTable, work: Callable[[], object]) -> list[tuple[str, Key]]:
