@@ -102,6 +102,20 @@ def test_a_changed_shard_is_refused(suffix: str, capsys: pytest.CaptureFixture[s
     assert "error: data.val_path: validation/validation-00000." in refused(capsys, "--data.val_path=validation")
 
 
+@pytest.mark.parametrize("command", ["validate", "test", "predict"])
+def test_evaluation_verifies_what_it_reads(command: str, here: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (run,) = runs(here)
+    arguments = [command, f"--ckpt_path={run / 'checkpoints/last.ckpt'}"]
+    flip(Path("shards/train-00000.tokens"))  # is not read
+    assert main(arguments) == 0
+    said = capsys.readouterr()
+    line = "data: verified: 2 of 2 files of the shards have the checksum in their index"
+    assert (line in said.err) == (line not in said.out) == (command == "predict")
+    flip(Path("shards/validation-00000.tokens"))
+    assert main(arguments) == 2
+    assert "error: data.path: shards/validation-00000.tokens does not have the checksum of its index" in capsys.readouterr().err
+
+
 def test_what_is_not_verified_is_said(here: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     with monkeypatch.context() as patch:
         patch.setattr(verify, "SECONDS", 0.0)

@@ -94,7 +94,6 @@ class PackedText(LightningDataModule):
         self.num_workers = num_workers
         self._splits: dict[str, Windows] = {}  # "train", "validation", and "test" if it has a corpus of its own
         self._identity: str | None = None
-        self._indices: dict[str, Index] = {}  # of prepared shards, by setting
         self._verified: Verified | None = None
         self.may_change: Collection[str] = ()  # names of `SHARED` in which a checkpoint's training may have differed
         self._packer = Packer(self.tokenizer, seq_len, document_boundaries=document_boundaries)
@@ -151,7 +150,6 @@ class PackedText(LightningDataModule):
     def _index(self, key: str, path: str | None) -> Index:
         index = read_index(str(path), f"data.{key}")
         check_tokenizer(index, self.tokenizer)
-        self._indices[key] = index
         return index
 
     def _encode(self, key: str, path: str | None) -> list[EncodedDocument]:
@@ -190,13 +188,20 @@ class PackedText(LightningDataModule):
         begins = self.tokenizer.decode([int(token) for token in self.sample(index)[:64] if token != self.tokenizer.bos_id])
         return {**locate(self._split("train"), index), "begins": begins[:100]}
 
-    def verify(self, say: Callable[[str], object] = lambda _: None) -> Verified | None:
-        """Compares what has been set up of prepared shards with their checksums, see `lit_modules.data.verify`; None if there are none.
+    def verify(self, stage: str = "fit", say: Callable[[str], object] = lambda _: None) -> Verified | None:
+        """Compares what a stage reads of prepared shards with their checksums, see `lit_modules.data.verify`; None if there are none.
 
         Raises:
             ConfigError: a file is not the one of its index.
         """
-        counts = [verify(index, f"data.{key}", say) for key, index in self._indices.items()]
+        self.setup(stage)
+        read = ("train", "validation") if stage == "fit" else ("validation",) if stage == "validate" or "test" not in self._splits else ("test",)
+        indices: dict[str, Index] = {}  # by setting, with the splits that are read
+        for stream in (self._splits[name].stream for name in read):
+            if isinstance(stream, ShardStream):
+                index = indices.get(stream.key, stream.index._replace(splits={}))
+                indices[stream.key] = index._replace(splits={**index.splits, stream.split: stream.index.splits[stream.split]})
+        counts = [verify(index, key, say) for key, index in indices.items()]
         self._verified = Verified(*map(sum, zip(*counts, strict=True))) if counts else None
         return self._verified
 

@@ -236,7 +236,7 @@ class ShardStream:
 
     def __init__(self, index: Index, split: str, key: str = "data.path") -> None:
         total = index.total(split)
-        self.index, self.split = index, split
+        self.index, self.split, self.key = index, split, key
         self.tokens = ShardedTokens(index, split, key)
         self.documents = total.documents
         self.n_bytes = total.n_bytes

@@ -10,6 +10,7 @@ from recipes.commands.checkpoints import check_model, check_strategy, run_config
 from recipes.commands.cli import MixersCLI
 from recipes.commands.config_files import collect, merge, read_config
 from recipes.commands.plan import make_plan
+from recipes.commands.verified import verify_shards
 
 
 def validate(argv: list[str]) -> int:
@@ -52,4 +53,5 @@ def _prepare(command: str, argv: list[str]) -> tuple[MixersCLI, str]:
     cli.build()
     check_strategy(path, cli.trainer.strategy)
     cli.datamodule.setup(command)  # see fit
+    verify_shards(cli, command)
     return cli, str(path)

@@ -6,11 +6,10 @@ import errno
 import shutil
 import sys
 from pathlib import Path
-from typing import Any, final
+from typing import Any
 
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.fabric.utilities.rank_zero import rank_zero_only
-from lightning.pytorch import Callback, LightningModule, Trainer
 
 from lit_modules.loss_curve import short_number
 from lit_modules.parallel import FSDP2, leave
@@ -22,6 +21,7 @@ from recipes.commands.cli import MixersCLI
 from recipes.commands.config_files import collect
 from recipes.commands.plan import Plan, make_plan
 from recipes.commands.run_folder import CONFIG, make_run_folder
+from recipes.commands.verified import verify_shards
 
 
 def run(argv: list[str]) -> int:
@@ -48,7 +48,7 @@ def run(argv: list[str]) -> int:
         if checkpoint is not None:
             changed = check_changes(checkpoint, plan, may_change, cli.datamodule)
             cli.datamodule.may_change = may_change
-        _verify(cli)
+        verify_shards(cli, "fit")
     except BaseException:
         if folder is not None and _is_main_process():
             shutil.rmtree(folder, ignore_errors=True)
@@ -94,39 +94,6 @@ def _run_folder(cli: MixersCLI) -> Path:
     folder = make_run_folder(root)
     (folder / CONFIG).write_text(cli.parser.dump(cli.config, skip_unset=False), encoding="utf-8")
     return folder
-
-
-def _verify(cli: MixersCLI) -> None:
-    """Compares prepared shards with their checksums, in the main process.
-
-    What it finds ends all processes: those that are not started yet never are, others hear of it when they can.
-    """
-    trainer, refusal = cli.trainer, None
-    environment = getattr(trainer.strategy, "cluster_environment", None)
-    alone = trainer.world_size == 1 or (trainer.num_nodes == 1 and not environment.creates_processes_externally)
-    if _is_main_process():
-        try:
-            if verified := cli.datamodule.verify(lambda line: print(line, flush=True)):
-                rest = "" if verified.known == verified.files else "; the others were not read: `prepare --check` reads all, once"
-                print(f"data: verified: {verified} of the shards have the checksum in their index{rest}", flush=True)
-        except ConfigError as error:
-            if alone:
-                raise
-            refusal = str(error)
-    if trainer.world_size > 1:  # in every process: one that the main process has started takes itself for one of many that somebody else did
-        trainer.callbacks.append(Refusal(refusal))  # type: ignore[attr-defined]
-
-
-@final
-class Refusal(Callback):
-    """Ends all processes with what the main one has found wrong, before any takes a step. What the others give it is not looked at."""
-
-    def __init__(self, line: str | None) -> None:
-        self.line = line
-
-    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:  # noqa: ARG002
-        if line := trainer.strategy.broadcast(self.line):
-            raise ConfigError(line)
 
 
 @rank_zero_only
