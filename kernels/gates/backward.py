@@ -22,15 +22,14 @@ def gates(
     df = torch.empty(g.shape, device=g.device, dtype=dtype)
     db_in, dw_in = (torch.empty(x.shape, device=x.device, dtype=x.dtype) for x in (b, w))
     dg, db, dw, g, b, w = (as_rows(x, tokens) for x in (dg, db, dw, g.contiguous(), b, w))
-    grid, columns, tile = launch("backward", g, b, w, dtype.itemsize)
-    partial = torch.empty(grid[0], 2, width, device=g.device, dtype=torch.float32)
+    blocks, grid, options = launch("backward", g, b, w, dtype.itemsize)
+    partial = torch.empty(blocks, 2, width, device=g.device, dtype=torch.float32)
     gates_backward[grid](
         *(dg, db, dw, g, a.contiguous(), b, w, df, db_in, dw_in, partial, tokens),
         *(dg.stride(0), db.stride(0), dw.stride(0), b.stride(0), w.stride(0)),
         *(width, b.shape[1], w.shape[1], b_scale),
         C=width // a.shape[0],
-        BC=columns,
-        **tile.options(),
+        **options,
     )
     ddelta, by_channel = partial.sum(0)
     return df, by_channel.view(a.shape[0], -1).sum(1), ddelta, db_in, dw_in

@@ -4,24 +4,33 @@ from __future__ import annotations
 
 from kernels.tiles import Key, Tile, TileTable
 
-# TILE entries are held at a time; a program walks over ROWS rows
+# TILE entries of at most COLUMNS columns are held at a time; a program walks over ROWS rows
 TILES = TileTable(
     "delta_gates",
     safe={
-        "forward": Tile(num_warps=4, num_stages=1, blocks={"TILE": 4096, "ROWS": 16}),
-        "backward": Tile(num_warps=4, num_stages=1, blocks={"TILE": 2048, "ROWS": 64}),
+        "forward": Tile(num_warps=4, num_stages=1, blocks={"TILE": 4096, "COLUMNS": 1024, "ROWS": 16}),
+        "backward": Tile(num_warps=4, num_stages=1, blocks={"TILE": 2048, "COLUMNS": 1024, "ROWS": 64}),
     },
     tuned={
-        "forward": {Key("sm_90", 2, 1024): Tile(num_warps=8, num_stages=1, blocks={"TILE": 4096, "ROWS": 8})},
-        "backward": {Key("sm_90", 2, 1024): Tile(num_warps=4, num_stages=1, blocks={"TILE": 1024, "ROWS": 16})},
+        "forward": {Key("sm_90", 2, 1024): Tile(num_warps=8, num_stages=1, blocks={"TILE": 4096, "COLUMNS": 1024, "ROWS": 8})},
+        "backward": {Key("sm_90", 2, 1024): Tile(num_warps=4, num_stages=1, blocks={"TILE": 1024, "COLUMNS": 1024, "ROWS": 16})},
     },
 )
 
+
+def _candidates(warps: int, columns: tuple[int, ...], sizes: tuple[tuple[int, int], ...], stages: tuple[int, ...] = (1,)) -> list[Tile]:
+    return [Tile(warps, n, {"TILE": tile, "COLUMNS": of, "ROWS": rows}) for of in columns for tile, rows in sizes for n in stages]
+
+
 # what `bench tune` tries
 CANDIDATES = {
-    "forward": [Tile(warps, 1, {"TILE": tile, "ROWS": rows}) for tile, warps in ((1024, 4), (2048, 4), (4096, 8)) for rows in (4, 8, 16)],
+    "forward": [
+        *_candidates(4, (256, 1024), ((1024, 8), (2048, 8), (2048, 16))),
+        *_candidates(8, (256, 512, 1024), ((4096, 8), (4096, 32))),
+    ],
     "backward": [
-        *(Tile(warps, stages, {"TILE": 1024, "ROWS": rows}) for warps, stages in ((2, 1), (4, 3)) for rows in (16, 64)),
-        *(Tile(4, stages, {"TILE": tile, "ROWS": rows}) for tile, stages in ((1024, 1), (2048, 3)) for rows in (64, 128)),
+        *_candidates(4, (1024,), ((1024, 8), (1024, 16), (1024, 32)), (1, 3)),
+        *_candidates(4, (128, 256, 512), ((1024, 32), (1024, 64), (1024, 128))),
+        *_candidates(8, (256, 1024), ((2048, 32), (2048, 64))),
     ],
 }

@@ -181,6 +181,6 @@ def test_float64_runs_on_the_reference() -> None:
 def test_every_program_finds_its_rows_and_columns() -> None:
     """One block of columns or several, narrow or wide."""
     wide = launch("backward", torch.empty(70, 2048), torch.empty(70, 16), torch.empty(70, 0), 4)
-    assert (wide.grid, wide.columns) == ((2, 3), 1024)
+    assert (wide.row_blocks, wide.grid, wide.options["BC"]) == (2, (6,), 1024)
     narrow = launch("backward", torch.empty(600, 16), torch.empty(600, 16), torch.empty(600, 16), 4)
-    assert (narrow.grid, narrow.columns) == ((5, 3), 16)
+    assert (narrow.row_blocks, narrow.grid, narrow.options["BC"]) == (5, (15,), 16)
