@@ -19,7 +19,7 @@ from mixers.base import SequenceMixer, at_least_one, divides, linear_flops, load
 from mixers.delta import delta_rule_flops
 from mixers.errors import ConfigError
 from mixers.layers import MIXER_GAIN, Linear, Skip, xavier
-from mixers.mamba3_layers import HeadRMSNorm, PerRank, Rotary, Steps, StepSize, Turned, last_tokens, shifted, unseen, written
+from mixers.mamba3_layers import HeadRMSNorm, PerRank, Rotary, Steps, StepSize, Turned, first_tokens, last_tokens, later_weights, unseen, written
 from mixers.mamba_ssm import Backend, Resolved
 from mixers.state import zero_state
 
@@ -42,7 +42,7 @@ AUTO: dict[int, Resolved] = {64: "delta", 128: "delta"}
 
 
 class Mamba3State(NamedTuple):
-    """What Mamba-3 carries: the shifted state u and the last token, whose own write comes with the next one."""
+    """What Mamba-3 carries: the state u before the last token's write, and that token, whose weight comes with the next one."""
 
     u: Tensor  # [N, H, K, V] at least float32
     k: Tensor  # [N, R, H, K] the last token's rotated keys
@@ -144,7 +144,7 @@ class Mamba3(SequenceMixer[Mamba3State]):
         state: Mamba3State | None = None,
         cu_seqlens: Tensor | None = None,
     ) -> tuple[Tensor, Mamba3State | None]:
-        """What a backend computes: the steps, rotation and recurrence, o [B, T, R, H, V] in at least float32.
+        """What a backend computes: the steps, rotation and recurrence, o [B, T, R, H, V].
 
         Args:
             backend: delta, or mamba_ssm where it can run.
@@ -163,16 +163,11 @@ class Mamba3(SequenceMixer[Mamba3State]):
         self, v: Tensor, v_ranks: Tensor, B: Tensor, C: Tensor, steps: Steps, state: Mamba3State | None, cu_seqlens: Tensor | None
     ) -> tuple[Tensor, Mamba3State | None]:
         q, k, angle = self._keys(B, C, steps, None if state is None else state.angle, cu_seqlens, v.dtype)
-        k_prev = shifted(k, None if state is None else state.k, cu_seqlens)
-        v_prev_ranks = self._ranks(shifted(v, None if state is None else state.v, cu_seqlens))
-        w = steps.g.exp() * (shifted(steps.zeta, None if state is None else state.zeta, cu_seqlens) + steps.behind)
-        # R rows a token: the first one decays, all of them write with w
-        g_rows = F.pad(steps.g.unsqueeze(2), (0, 0, 0, self.mimo_rank - 1)).unsqueeze(-1)
-        w_rows = w[:, :, None, :, None].expand(-1, -1, self.mimo_rank, -1, -1)
-        q_rows, k_rows, v_rows, g_rows, w_rows = (x.flatten(1, 2) for x in (q, k_prev, v_prev_ranks, g_rows, w_rows))
-        ends, u = None if cu_seqlens is None else cu_seqlens * self.mimo_rank, None if state is None else state.u
-        o, u = delta_rule(q_rows, k_rows, v_rows, g_rows, None, w_rows, scale=1.0, state=u, cu_seqlens=ends)
-        o = o.unflatten(1, (-1, self.mimo_rank)) + unseen(q, k, v_ranks, steps.zeta, k_prev, v_prev_ranks, w)
+        w, u = later_weights(steps.zeta, steps.behind, cu_seqlens), None
+        if state is not None:  # the carried token in u, with what it weighs for the first one here
+            u = state.u + written(state.zeta + first_tokens(steps.behind, cu_seqlens), state.k.to(v.dtype), self._ranks(state.v.to(v.dtype)))
+        gates = steps.g.unsqueeze(-1), None, w.unsqueeze(-1)
+        o, u = delta_rule(q, k, v_ranks, *gates, own=steps.zeta.unsqueeze(-1), scale=1.0, state=u, cu_seqlens=cu_seqlens)
         if state is None:
             return o, None
         kept = [*(last_tokens(x, cu_seqlens) for x in (k, v, steps.zeta)), angle]
@@ -184,14 +179,14 @@ class Mamba3(SequenceMixer[Mamba3State]):
         q_bias, k_bias = (bias.squeeze(1) for bias in self.rotary(None)[:2])
         inputs = mamba_ssm.SisoInputs(C.squeeze(-3), B.squeeze(-3), v, steps.g, steps.delta, raw[2], raw[3], q_bias, k_bias)
         if state is None:
-            return mamba_ssm.siso(inputs, None, cu_seqlens)[0].to(steps.g.dtype).unsqueeze(-3), None
-        h = state.u + written(state.zeta, state.k, state.v)  # there the last token is in the state
+            return mamba_ssm.siso(inputs, None, cu_seqlens)[0].unsqueeze(-3), None
+        h = state.u + written(state.zeta, state.k, state.v.unsqueeze(1))  # there the last token is in the state
         o, after = mamba_ssm.siso(inputs, mamba_ssm.SisoState(state.angle, h, state.k.squeeze(1), state.v), cu_seqlens)
         assert after is not None
         angle = running_sum(turns(steps.theta, steps.delta), state.angle, cu_seqlens)  # theirs is rounded to bfloat16
         kept = [after.k.unsqueeze(1), *(last_tokens(x, cu_seqlens) for x in (v, steps.zeta, angle))]
         k, v, zeta, angle = (x.to(old.dtype) for x, old in zip(kept, state[1:], strict=True))
-        return o.to(steps.g.dtype).unsqueeze(-3), Mamba3State(after.h - written(zeta, k, v), k, v, zeta, angle)
+        return o.unsqueeze(-3), Mamba3State(after.h - written(zeta, k, v.unsqueeze(1)), k, v, zeta, angle)
 
     def step(self, x_BD: Tensor, state: Mamba3State) -> tuple[Tensor, Mamba3State]:
         self.check_state(state, x_BD.shape[0])
@@ -231,8 +226,7 @@ class Mamba3(SequenceMixer[Mamba3State]):
     def flops(self, tokens: int) -> int:
         rank, sizes = self.mimo_rank, self.d_state + self.head_dim
         rule = delta_rule_flops(tokens * rank, self.num_heads, self.d_state, self.head_dim, erase=False)
-        pairs = rank * rank + rank * (rank - 1) // 2  # what the rows do not see: q . k and its product with v
-        return linear_flops(self, tokens) + rule + 2 * tokens * self.num_heads * pairs * sizes
+        return linear_flops(self, tokens) + rule + 2 * tokens * self.num_heads * rank * rank * sizes  # a token's own: q . k and its product with v
 
     def load_mamba_ssm(self, state_dict: Mapping[str, Tensor]) -> None:
         """Takes the weights of a `mamba_ssm.modules.mamba3.Mamba3` of the same sizes (`headdim`, `ngroups` and `is_outproj_norm` are its names).
@@ -268,6 +262,7 @@ class Mamba3(SequenceMixer[Mamba3State]):
     def _output(self, o: Tensor, v: Tensor, z: Tensor) -> Tensor:
         """o [.., R, H, V], v, z [.., H, V] -> [.., d_model]."""
         if isinstance(self.norm, HeadRMSNorm):  # between the skip connection and the gate: more than the fused op does
+            o = o.to(torch.promote_types(o.dtype, torch.float32))
             gate = F.silu(self.mimo_z(z.unsqueeze(-3).to(o.dtype)))
             y = self.mimo_o(self.norm(self.skip(o, self._ranks(v))) * gate).sum(-3).to(v.dtype)
         else:

@@ -1,4 +1,4 @@
-"""What Mamba-3 does around the recurrence: the shift by a token, what a token's rows do not see of each other, and the modules that own its
+"""What Mamba-3 does around the recurrence: what each token weighs, what the rows of a step do not see of each other, and the modules that own its
 parameters. Equations: mamba3.md.
 
 Shapes: B batch, T tokens, N sequences (B, or the number of packed documents), R ranks, G groups, H heads, K key size, V value size, A angles.
@@ -18,23 +18,30 @@ from kernels.rotary.reference import wrapped as wrapped
 from mixers.layers import FP32Module, fp32_parameter, inverse_softplus
 
 
-def shifted(x: Tensor, first: Tensor | None, cu_seqlens: Tensor | None) -> Tensor:
-    """x [B, T, ..] one token later; row n of `first` [N, ..] stands at the start of sequence n (None: zeros)."""
-    if cu_seqlens is None:
-        head = torch.zeros_like(x[:, :1]) if first is None else first.unsqueeze(1).to(x.dtype)
-        return torch.cat([head, x[:, :-1]], 1)
-    starts = cu_seqlens[:-1].long()
-    head = x.new_zeros(starts.numel(), *x.shape[2:]) if first is None else first.to(x.dtype)
-    return torch.cat([torch.zeros_like(x[:, :1]), x[:, :-1]], 1).index_copy(1, starts, head.unsqueeze(0))
+def later_weights(zeta: Tensor, behind: Tensor, cu_seqlens: Tensor | None) -> Tensor:
+    """What a token weighs for later ones, zeta_t + behind_{t+1} (equation 6); 0 at the end of a sequence, whose last token is not in u. [B, T, H]."""
+    w = F.pad(zeta[:, :-1] + behind[:, 1:], (0, 0, 0, 1))
+    return w if cu_seqlens is None else w.index_fill(1, cu_seqlens[1:].long() - 1, 0.0)
+
+
+def first_tokens(x: Tensor, cu_seqlens: Tensor | None) -> Tensor:
+    """The first token of every sequence: x [B, T, ..] -> [N, ..]."""
+    return x[:, 0] if cu_seqlens is None else x[0].index_select(0, cu_seqlens[:-1].long())
 
 
 def last_tokens(x: Tensor, cu_seqlens: Tensor | None) -> Tensor:
-    """The last token of every sequence: x [B, T, ..] -> [N, ..]."""
+    """The last one: x [B, T, ..] -> [N, ..]."""
     return x[:, -1] if cu_seqlens is None else x[0].index_select(0, cu_seqlens[1:].long() - 1)
 
 
+def written(weight: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """weight sum_r k_r v_r^T: weight [N, H], k [N, R, H, K], v [N, R, H, V] -> [N, H, K, V] in at least float32."""
+    wide = weight.dtype
+    return ((weight[:, None, :, None] * k.to(wide)).unsqueeze(-1) * v.to(wide).unsqueeze(-2)).sum(1)
+
+
 def unseen(q: Tensor, k: Tensor, v: Tensor, zeta: Tensor, k_prev: Tensor, v_prev: Tensor, w: Tensor) -> Tensor:
-    """What the rows of u lack of h, read by q (mamba3.md, equation 9): zeta (q . k) v of the same token, and w (q . k_prev) v_prev of later rows.
+    """What the rows of a step lack of h, read by q (mamba3.md, equation 9): zeta (q . k) v of the token, and w (q . k_prev) v_prev of later rows.
 
     q, k, k_prev [.., R, H, K], v, v_prev [.., R, H, V], zeta, w [.., H] -> [.., R, H, V], all in at least float32.
     """
@@ -122,12 +129,6 @@ class Rotary(FP32Module):
         B, C, theta, delta, first, cu_seqlens, dtype = x
         pairs, biases = self.rank == 1, (self.B_bias, self.C_bias)
         return rotary_keys(B, C, *biases, theta, delta, first=first, cu_seqlens=cu_seqlens, neighbours=pairs, dtype=dtype)
-
-
-def written(zeta: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    """zeta k v^T of rank 1: zeta [N, H], k [N, 1, H, K], v [N, H, V] -> [N, H, K, V] in at least float32."""
-    wide = zeta.dtype
-    return zeta[..., None, None] * k.squeeze(1).to(wide).unsqueeze(-1) * v.to(wide).unsqueeze(-2)
 
 
 @final

@@ -57,6 +57,21 @@ def test_legal_calls_are_accepted() -> None:
     delta_rule(**legal(b=None, w=None, g=None, state=None))
 
 
+def ranked(ranks: int | None = 3, **changes: Any) -> Arguments:
+    """A call with what only tokens without an erase gate can have; with `ranks` None, own alone."""
+    lead = (B, T) if ranks is None else (B, T, ranks)
+    qkv = {"q": torch.ones(*lead, H, K), "k": torch.ones(*lead, H, K), "v": torch.ones(*lead, HV, V)}
+    gates = {"g": torch.full((B, T, H, 1), -1.0), "b": None, "w": torch.ones(B, T, HV, 1), "own": torch.ones(B, T, HV, 1)}
+    return legal(**qkv, **gates) | changes
+
+
+def test_legal_calls_with_ranks_are_accepted() -> None:
+    for arguments in (ranked(), ranked(None), ranked(1), ranked(own=None), ranked(g=None, w=None), ranked(g=torch.full((B, T, HV, 1), -1.0))):
+        o, state = delta_rule(**arguments)
+        assert o.shape == arguments["v"].shape
+        assert state.shape == arguments["state"].shape
+
+
 SHAPES: dict[str, tuple[Arguments, str]] = {
     "q without batch": (legal(q=torch.ones(T, H, K)), r"q must have axes \[B, T, H, channels\].*\[6, 2, 3\]"),
     "k without heads": (legal(k=torch.ones(B, T, K)), r"k must have axes \[B, T, H, channels\]"),
@@ -105,9 +120,20 @@ SHAPES: dict[str, tuple[Arguments, str]] = {
     "cu_seqlens decreasing": (packed(torch.tensor([0, 4, 2, T]), 3), r"cu_seqlens must be strictly increasing"),
     "cu_seqlens of one number": (packed(torch.tensor([0])), r"cu_seqlens must have shape \[N\+1\] with N >= 1, got \[1\]"),
     "cu_seqlens of two axes": (packed(torch.tensor([[0, 2, T]])), r"cu_seqlens must have shape \[N\+1\] with N >= 1, got \[1, 3\]"),
+    "own with an erase gate": (ranked(b=torch.ones(B, T, H, 1)), r"own needs b = None: with an erase gate a token has one key"),
+    "ranks with an erase gate": (ranked(own=None, b=torch.ones(B, T, H, 1)), r"q with ranks \[B, T, R, H, K\] needs b = None"),
+    "ranks with a decay a channel": (ranked(g=torch.full((B, T, H, K), -1.0)), r"own needs at most one number a head in g, got shape \[2, 6, 2, 3\]"),
+    "own with a write gate a channel": (ranked(None, w=torch.ones(B, T, HV, V)), r"own needs at most one number a head in w"),
+    "own on key heads": (ranked(own=torch.ones(B, T, H, 1)), r"own must have shape \[B, T, HV, 1\] = \[2, 6, 4, 1\], got \[2, 6, 2, 1\]"),
+    "own for every rank": (ranked(own=torch.ones(B, T, 3, HV, 1)), r"own must have shape \[B, T, HV, 1\]"),
+    "w for every rank": (ranked(w=torch.ones(B, T, 3, HV, 1)), r"w must have shape \[2, 6, 4 heads, 5 or 1\], got \[2, 6, 3, 4, 1\]"),
+    "v without ranks": (ranked(v=torch.ones(B, T, HV, V)), r"v must have axes \[B, T, R, H, channels\]"),
+    "v of other ranks": (ranked(v=torch.ones(B, T, 2, HV, V)), r"v must share q's leading axes \[2, 6, 3\]"),
+    "own on another device": (ranked(own=torch.ones(B, T, HV, 1, device="meta")), r"own is on meta, q on cpu"),
     "unknown backend": (legal(backend="cuda"), r"backend must be one of auto, triton, reference, got 'cuda'"),
 }
 DTYPES: dict[str, tuple[Arguments, str]] = {
+    "own of another dtype": (ranked(own=torch.ones(B, T, HV, 1).double()), r"own must be torch.float32 or torch.float32, got torch.float64"),
     "q of another dtype": (legal(q=torch.ones(B, T, H, K).bfloat16()), r"q, k and v must share one floating dtype, got torch.bfloat16"),
     "v of another dtype": (legal(v=torch.ones(B, T, HV, V).double()), r"q, k and v must share one floating dtype"),
     "integers": ({n: x.long() for n, x in legal().items()}, r"q, k and v must share one floating dtype, got torch.int64"),

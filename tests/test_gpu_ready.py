@@ -106,6 +106,16 @@ def test_the_checks_of_fit_follow_the_layout(monkeypatch: pytest.MonkeyPatch) ->
     assert {trial.check.mixer for trial in gpu_ready.trials(lm, calls, torch.bfloat16)} >= set(problems.WIDTHS)
 
 
+def test_mamba3_is_checked_as_it_calls_the_ops() -> None:
+    settings = {"mamba3": {"head_dim": 64, "d_state": 32, "mimo_rank": 4}}
+    lm = build_model(vocab_size=16, d_model=64, n_layers=1, mlp_width=16, layout=["mamba3"], mixers=settings)
+    calls = {name: gpu_ready.trace(mixer, torch.bfloat16, GPU) for name, (mixer, _) in gpu_ready.distinct(lm).items()}
+    chosen = gpu_ready.trials(lm, calls, torch.bfloat16)
+    assert {trial.check.op for trial in chosen} == {"delta_rule", "rotary_keys", "gated_skip", "rank_values"}
+    assert {trial.check.mixer for trial in chosen if trial.check.op == "delta_rule"} == {"mamba3"}
+    assert {trial.size for trial in chosen} == {32, 64, 128}  # of keys and values
+
+
 def test_the_reason_is_said_where_it_is_not_triton(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(backends, "TRITON_OPS", frozenset({"causal_conv1d"}))
     with gpu_ready.resolutions(GPU) as calls:

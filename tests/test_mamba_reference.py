@@ -24,7 +24,7 @@ from mixers.mamba2 import MAMBA_SSM as NAMES_2
 from mixers.mamba2 import Mamba2
 from mixers.mamba3 import MAMBA_SSM as NAMES_3
 from mixers.mamba3 import Mamba3
-from mixers.mamba3_layers import StepSize, shifted, wrapped, written
+from mixers.mamba3_layers import StepSize, last_tokens, later_weights, wrapped, written
 
 pytestmark = needs_package
 
@@ -228,7 +228,7 @@ def test_layer_of_mamba_3(settings: dict[str, Any]) -> None:
     y, state = mixer(x, mixer.init_state(2, dtype=torch.float64))
     assert error(state.angle, wrapped(angle)) < EXACT
     if mixer.mimo_rank == 1:
-        assert error(state.u + written(state.zeta, state.k, state.v), h.mT) < EXACT
+        assert error(state.u + written(state.zeta, state.k, state.v.unsqueeze(1)), h.mT) < EXACT
     assert_layers_agree(mixer, y, x, NAMES_3, expected, W, x2, EXACT)
 
 
@@ -244,8 +244,9 @@ def test_gradients_of_the_trapezoid(lengths: list[int]) -> None:
     step_size = StepSize(heads, 0.001, 0.1, 1e-4, 1e-4).double()
     torch.nn.init.zeros_(step_size.dt_bias)
     steps = step_size(f, torch.zeros_like(f), trap, torch.zeros(1, tokens, 1, dtype=torch.float64))
-    # the factor of token t - 1 reaches the loss at token t, where `behind` is known
-    loss = (d_factor * steps.zeta).sum() + (shifted(d_factor, None, ends) * steps.behind).sum() + (d_own * steps.zeta).sum()
+    # what a token weighs for later ones; that of a last one is zeta alone there
+    factors = (d_factor * later_weights(steps.zeta, steps.behind, ends)).sum() + last_tokens(d_factor * steps.zeta, ends).sum()
+    loss = factors + (d_own * steps.zeta).sum()
     df, dtrap = torch.autograd.grad(loss, [f, trap])
     given = [t.detach().mT.contiguous() for t in (d_factor, d_own, trap, delta)]
     packed = len(lengths) > 1

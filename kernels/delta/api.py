@@ -20,6 +20,7 @@ def delta_rule(
     b: Tensor | None = None,
     w: Tensor | None = None,
     *,
+    own: Tensor | None = None,
     scale: float | None = None,
     state: Tensor | None = None,
     cu_seqlens: Tensor | None = None,
@@ -29,19 +30,25 @@ def delta_rule(
 
         S_t = (I - k_t (b_t * k_t)^T) Diag(exp g_t) S_{t-1} + k_t (w_t * v_t)^T,   o_t = S_t^T (scale * q_t)
 
+    Without an erase gate, and with at most one decay and one write gate a head, a token may have R keys, values and queries, and read what it writes
+    itself with another weight than later tokens (Mamba-3, MIMO):
+
+        S_t = exp(g_t) S_{t-1} + w_t X_t,   o_{t,r} = (exp(g_t) S_{t-1} + own_t X_t)^T (scale * q_{t,r}),   X_t = sum_r k_{t,r} v_{t,r}^T
+
     Args:
-        q, k: queries and keys [B, T, H, K], of one floating dtype with v.
-        v: values [B, T, HV, V]; HV is a multiple of H, value head j reads key head j // (HV // H).
+        q, k: queries and keys [B, T, H, K], or [B, T, R, H, K], of one floating dtype with v.
+        v: values [B, T, HV, V], or [B, T, R, HV, V]; HV is a multiple of H, value head j reads key head j // (HV // H).
         g: log-decay <= 0, [B, T, H or HV, K or 1], float32 (float64 for float64 inputs); None: no decay.
         b: erase gate [B, T, H or HV, K or 1]; None: nothing is erased.
         w: write gate [B, T, HV, V or 1]; None: 1.
+        own: what stands for w in a token's own outputs, [B, T, HV, 1]; None: w.
         scale: factor on q; None: K ** -0.5.
         state: initial state [N, HV, K, V], float32 (float64 for float64 inputs), N = B or the number of packed sequences; None: zero.
         cu_seqlens: [N+1] integer, strictly increasing from 0 to T: T holds N packed sequences, B is 1, and nothing crosses a boundary.
         backend: "auto" | "triton" | "reference" (the chunkwise form in plain torch); see `kernels.backend.resolve`.
 
     Returns:
-        o [B, T, HV, V] in v's dtype and the final state [N, HV, K, V], float32 or float64.
+        o, of v's shape and dtype, and the final state [N, HV, K, V], float32 or float64.
 
     Raises:
         ValueError: shapes, devices or (where they can be read without waiting for a device) values that do not fit.
@@ -50,7 +57,10 @@ def delta_rule(
 
     b and w are not range-checked. Expanded (stride 0) inputs are accepted.
     """
-    _check(q, k, v, g, b, w, axes="B T H")
+    ranked = reference.is_ranked(q, own)
+    _check(q, k, v, g, b, w, axes="B T R H" if q.ndim == 5 else "B T H")
+    if ranked:
+        _check_ranked(q, v, g, b, w, own)
     sequences = q.shape[0]
     if cu_seqlens is not None:
         if q.shape[0] != 1:
@@ -59,11 +69,11 @@ def delta_rule(
         sequences = cu_seqlens.numel() - 1
     if state is not None:
         _check_state("delta_rule", state, sequences, k, v)
-    resolved = backends.resolve("delta_rule", backend, q.device, triton_op.refusal(q, v))
+    resolved = backends.resolve("delta_rule", backend, q.device, triton_op.refusal(q, v, ranked=ranked))
     if resolved == "triton":  # nothing in it that autocast would touch
-        return triton_op.delta_rule(q, k, v, g, b, w, q.shape[-1] ** -0.5 if scale is None else scale, state, cu_seqlens)
+        return triton_op.delta_rule(q, k, v, g, b, w, own, q.shape[-1] ** -0.5 if scale is None else scale, state, cu_seqlens)
     with torch.autocast(q.device.type, enabled=False):
-        return reference.chunkwise(q, k, v, g, b, w, scale=scale, state=state, cu_seqlens=cu_seqlens)
+        return reference.chunkwise(q, k, v, g, b, w, own=own, scale=scale, state=state, cu_seqlens=cu_seqlens)
 
 
 def delta_rule_step(
@@ -78,7 +88,7 @@ def delta_rule_step(
     state: Tensor,
     backend: backends.Requested = "auto",
 ) -> tuple[Tensor, Tensor]:
-    """One token of `delta_rule`: the same arguments without the T axis, q, k [B, H, K], v [B, HV, V], state [B, HV, K, V].
+    """One token of `delta_rule`: the same arguments without the T axis, ranks and `own`: q, k [B, H, K], v [B, HV, V], state [B, HV, K, V].
 
     Returns o [B, HV, V] in v's dtype and the new state; `state` itself is not changed. Raises as `delta_rule`.
     """
@@ -98,6 +108,7 @@ def _check(q: Tensor, k: Tensor, v: Tensor, g: Tensor | None, b: Tensor | None, 
     """Shapes, dtypes, devices and readable values of everything but the state; `axes` names the axes before the channels."""
     op = "delta_rule" if "T" in axes else "delta_rule_step"
     names = axes.split()
+    gate_names = [name for name in names if name != "R"]
     for name, x in (("q", q), ("k", k), ("v", v)):
         if x.ndim != len(names) + 1:
             raise ValueError(f"{op}: {name} must have axes [{', '.join(names)}, channels], got shape {list(x.shape)}")
@@ -108,6 +119,7 @@ def _check(q: Tensor, k: Tensor, v: Tensor, g: Tensor | None, b: Tensor | None, 
         raise ValueError(f"{op}: k must have q's shape {list(q_shape)}, got {list(k.shape)}")
     if v_lead != lead:
         raise ValueError(f"{op}: v must share q's leading axes {lead}, got shape {list(v_shape)}")
+    lead = lead[: len(gate_names) - 1]
     if heads == 0 or v_heads == 0 or v_heads % heads:
         raise ValueError(f"{op}: v's heads must be a multiple of q's {heads}, got {v_heads}")
     if 0 in q_shape or 0 in v_shape:
@@ -115,13 +127,32 @@ def _check(q: Tensor, k: Tensor, v: Tensor, g: Tensor | None, b: Tensor | None, 
     for name, gate, fewest_heads, channels in (("g", g, heads, k_dim), ("b", b, heads, k_dim), ("w", w, v_heads, v_dim)):
         if gate is None:
             continue
-        *gate_lead, gate_heads, width = gate.shape if gate.ndim == len(names) + 1 else (0, 0)
+        *gate_lead, gate_heads, width = gate.shape if gate.ndim == len(gate_names) + 1 else (0, 0)
         if gate_lead != lead or gate_heads not in (fewest_heads, v_heads) or width not in (1, channels):
             legal = " or ".join(str(n) for n in sorted({fewest_heads, v_heads}))
             raise ValueError(f"{op}: {name} must have shape [{', '.join(map(str, lead))}, {legal} heads, {channels} or 1], got {list(gate.shape)}")
     _check_dtypes(op, q, k, v, g, b, w)
     if g is not None and is_readable(g) and bool((g > 0).any()):  # NaN goes on, as on a GPU
         raise ValueError(f"{op}: g is a log-decay and must be <= 0 everywhere, its largest entry is {g.max().item():g}")
+
+
+def _check_ranked(q: Tensor, v: Tensor, g: Tensor | None, b: Tensor | None, w: Tensor | None, own: Tensor | None) -> None:
+    """What a call with ranks, or with `own`, must not have, and own's shape, dtype and device."""
+    what = "own" if own is not None else "q with ranks [B, T, R, H, K]"
+    if b is not None:
+        raise ValueError(f"delta_rule: {what} needs b = None: with an erase gate a token has one key, and its own output that of its state")
+    for name, gate in (("g", g), ("w", w)):
+        if gate is not None and gate.shape[-1] != 1:
+            raise ValueError(f"delta_rule: {what} needs at most one number a head in {name}, got shape {list(gate.shape)}")
+    if own is None:
+        return
+    expected = [*v.shape[:2], v.shape[-2], 1]
+    if list(own.shape) != expected:
+        raise ValueError(f"delta_rule: own must have shape [B, T, HV, 1] = {expected}, got {list(own.shape)}")
+    if own.dtype not in (v.dtype, reference.accumulator_dtype(v)):
+        raise TypeError(f"delta_rule: own must be {v.dtype} or {reference.accumulator_dtype(v)}, got {own.dtype}")
+    if own.device != q.device:
+        raise ValueError(f"delta_rule: own is on {own.device}, q on {q.device}")
 
 
 def _check_dtypes(op: str, q: Tensor, k: Tensor, v: Tensor, g: Tensor | None, b: Tensor | None, w: Tensor | None) -> None:

@@ -14,30 +14,41 @@ from kernels.varlen import most_chunks
 
 MAX_HEAD = 256  # a column block of the state has K rows, all in registers
 MAX_SCAN = 128  # the gradient of a whole state is in registers
+MAX_RANKS = CHUNK  # a token lies in one chunk
+INPUTS = ("q", "k", "v", "g", "b", "w", "own")
 KEPT = ("A", "P", "Y", "R", "Qg", "Ktail", "gamma", "S")  # fields of `forward.Forward` for the backward pass
 
 
-def refusal(q: Tensor, v: Tensor) -> str | None:
+def refusal(q: Tensor, v: Tensor, *, ranked: bool = False) -> str | None:
     """Why the kernels cannot take these arguments; None if they can."""
     if v.dtype == torch.float64:
         return "float64 has no kernel"
+    if ranked and max(q.shape[-1], v.shape[-1]) > MAX_SCAN:
+        return f"K = {q.shape[-1]} and V = {v.shape[-1]} must be at most {MAX_SCAN} with ranks or own"
+    if q.ndim == 5 and q.shape[2] > MAX_RANKS:
+        return f"R = {q.shape[2]} is above {MAX_RANKS}"
     return f"K = {q.shape[-1]} is above {MAX_HEAD}" if q.shape[-1] > MAX_HEAD else None
 
 
 def delta_rule(
-    q: Tensor, k: Tensor, v: Tensor, g: Tensor | None, b: Tensor | None, w: Tensor | None, scale: float, state: Tensor | None,
-    cu_seqlens: Tensor | None,
+    q: Tensor, k: Tensor, v: Tensor, g: Tensor | None, b: Tensor | None, w: Tensor | None, own: Tensor | None, scale: float,
+    state: Tensor | None, cu_seqlens: Tensor | None,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """`kernels.delta_rule` on Triton. Sizes without a kernel of their own are filled up with channels of zeros, which change nothing."""
-    k_dim, v_dim = q.shape[-1], v.shape[-1]
-    k_more, v_more = _padded(k_dim) - k_dim, _padded(v_dim) - v_dim
+    """`kernels.delta_rule` on Triton. Sizes without a kernel of their own are filled up with zeros, which change nothing: channels, and ranks."""
+    k_dim, v_dim, ranks = q.shape[-1], v.shape[-1], q.shape[2] if q.ndim == 5 else 1
+    k_more, v_more, more = _padded(k_dim) - k_dim, _padded(v_dim) - v_dim, (1 << (ranks - 1).bit_length()) - ranks
     if k_more or v_more:
         q, k, v = F.pad(q, (0, k_more)), F.pad(k, (0, k_more)), F.pad(v, (0, v_more))
         g, b = (x if x is None or x.shape[-1] == 1 < k_dim else F.pad(x, (0, k_more)) for x in (g, b))
         w = w if w is None or w.shape[-1] == 1 < v_dim else F.pad(w, (0, v_more))
         state = None if state is None else F.pad(state, (0, v_more, 0, k_more))
-    save = torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in (q, k, v, g, b, w, state))
-    o, final, *_ = _run(q, k, v, g, b, w, scale, state, cu_seqlens, save)
+    with_ranks = q.ndim == 5
+    if with_ranks:
+        q, k, v = (F.pad(x, (0, 0, 0, 0, 0, more)).flatten(1, 2) if more else x.flatten(1, 2) for x in (q, k, v))
+    save = torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in (q, k, v, g, b, w, own, state))
+    o, final, *_ = _run(q, k, v, g, b, w, own, scale, state, cu_seqlens, ranks + more, save)
+    if with_ranks:
+        o = o.unflatten(1, (-1, ranks + more))[:, :, :ranks]
     return (o[..., :v_dim], final[..., :k_dim, :v_dim]) if k_more or v_more else (o, final)
 
 
@@ -48,14 +59,15 @@ def _padded(size: int) -> int:
 
 @torch.library.custom_op("lightning_mixers::delta_rule", mutates_args=())
 def _forward(
-    q: Tensor, k: Tensor, v: Tensor, g: Tensor | None, b: Tensor | None, w: Tensor | None, scale: float, state: Tensor | None,
-    cu_seqlens: Tensor | None, save: bool,
+    q: Tensor, k: Tensor, v: Tensor, g: Tensor | None, b: Tensor | None, w: Tensor | None, own: Tensor | None, scale: float,
+    state: Tensor | None, cu_seqlens: Tensor | None, ranks: int, save: bool,
 ) -> list[Tensor]:  # fmt: skip
+    """q, k and v with `ranks` rows a token, side by side on their time axis."""
     from kernels.delta import forward, scan
 
     with torch.cuda.device_of(q):  # Triton launches on the current device
         if scans(q, v, g, b):
-            o, final, states = scan.forward(q, k, v, g, w, scale, state, cu_seqlens, save)
+            o, final, states = scan.forward(q, k, v, g, w, own, scale, state, cu_seqlens, ranks, save)
             return [o, final, states] if save else [o, final]
         done = forward.launch(q, k, v, g, b, w, scale, state, cu_seqlens, save)
     return [done.o, done.final, *(getattr(done, name) for name in _kept(q, v, g, b) if save)]
@@ -83,7 +95,7 @@ def _shapes(q: Tensor, v: Tensor, g: Tensor | None, b: Tensor | None, cu_seqlens
 
 
 @_forward.register_fake
-def _(q, k, v, g, b, w, scale, state, cu_seqlens, save):  # type: ignore[no-untyped-def]  # noqa: ARG001
+def _(q, k, v, g, b, w, own, scale, state, cu_seqlens, ranks, save):  # type: ignore[no-untyped-def]  # noqa: ARG001
     shapes = _shapes(q, v, g, b, cu_seqlens, save)
     single = (1, max(1, len(shapes) - 2))  # in float32: the final state and gamma, the last but one where it is kept
     return [v.new_empty(shape, dtype=torch.float32 if i in single else v.dtype) for i, shape in enumerate(shapes)]
@@ -91,44 +103,45 @@ def _(q, k, v, g, b, w, scale, state, cu_seqlens, save):  # type: ignore[no-unty
 
 @torch.library.custom_op("lightning_mixers::delta_rule_backward", mutates_args=())
 def _backward(
-    q: Tensor, k: Tensor, v: Tensor, g: Tensor | None, b: Tensor | None, w: Tensor | None, scale: float, cu_seqlens: Tensor | None,
-    kept: list[Tensor], do: Tensor, dfinal: Tensor,
+    q: Tensor, k: Tensor, v: Tensor, g: Tensor | None, b: Tensor | None, w: Tensor | None, own: Tensor | None, scale: float,
+    cu_seqlens: Tensor | None, ranks: int, kept: list[Tensor], do: Tensor, dfinal: Tensor,
 ) -> list[Tensor]:  # fmt: skip
-    return _launch([q, k, v, g, b, w, cu_seqlens, *kept], scale, do, dfinal)
+    return _launch([q, k, v, g, b, w, own, cu_seqlens, *kept], scale, ranks, do, dfinal)
 
 
 @_backward.register_fake
-def _(q, k, v, g, b, w, scale, cu_seqlens, kept, do, dfinal):  # type: ignore[no-untyped-def]  # noqa: ARG001
-    return [*(x.new_empty(x.shape) for x in (q, k, v, g, b, w) if x is not None), dfinal.new_empty(dfinal.shape)]
+def _(q, k, v, g, b, w, own, scale, cu_seqlens, ranks, kept, do, dfinal):  # type: ignore[no-untyped-def]  # noqa: ARG001
+    return [*(x.new_empty(x.shape) for x in (q, k, v, g, b, w, own) if x is not None), dfinal.new_empty(dfinal.shape)]
 
 
-def _launch(tensors: list[Tensor | None], scale: float, do: Tensor, dfinal: Tensor) -> list[Tensor]:
+def _launch(tensors: list[Tensor | None], scale: float, ranks: int, do: Tensor, dfinal: Tensor) -> list[Tensor]:
     """The backward pass. `tensors`, in the order in which they are saved, is emptied, see `backward.launch`."""
     from kernels.delta import backward, scan
 
-    inputs: dict[str, Any] = dict(zip("qkvgbw", tensors, strict=False))
-    q, cu_seqlens = inputs["q"], tensors[6]
-    kept: list[Any] = tensors[7:]
+    inputs: dict[str, Any] = dict(zip(INPUTS, tensors, strict=False))
+    q, cu_seqlens = inputs["q"], tensors[len(INPUTS)]
+    kept: list[Any] = tensors[len(INPUTS) + 1 :]
     tensors.clear()
     names = _kept(q, inputs["v"], inputs["g"], inputs["b"])
     with torch.cuda.device_of(q):
         if names == ("S",):
-            return scan.backward(inputs, kept, scale, cu_seqlens, do, dfinal)
+            return scan.backward(inputs, kept, scale, cu_seqlens, ranks, do, dfinal)
         of = dict.fromkeys(KEPT, q) | dict(zip(names, kept, strict=True))
         kept.clear()
+        del inputs["own"]
         return backward.launch(inputs, of, scale, cu_seqlens, do, dfinal)
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: list[Tensor]) -> None:
-    q, k, v, g, b, w, scale, state, cu_seqlens, _ = inputs
-    ctx.save_for_backward(q, k, v, g, b, w, cu_seqlens, *output[2:])
-    ctx.scale, ctx.has_state, ctx.final_shape = scale, state is not None, output[1].shape
+    *tensors, scale, state, cu_seqlens, ranks, _ = inputs
+    ctx.save_for_backward(*tensors, cu_seqlens, *output[2:])
+    ctx.scale, ctx.ranks, ctx.has_state, ctx.final_shape = scale, ranks, state is not None, output[1].shape
     ctx.set_materialize_grads(False)  # there are gradients of o and of the final state, of one or of both; none of what is kept
 
 
 def _gradients(ctx: Any, gradients: list[Tensor | None]) -> tuple[Tensor | None, ...]:
     tensors = list(ctx.saved_tensors)  # and no other name for one of them: it would keep it alive
-    there = [x is not None for x in tensors[:6]]
+    there = [x is not None for x in tensors[: len(INPUTS)]]
     do, dfinal = gradients[:2]
     if do is None:
         do = torch.zeros_like(tensors[2])
@@ -136,14 +149,14 @@ def _gradients(ctx: Any, gradients: list[Tensor | None]) -> tuple[Tensor | None,
         dfinal = do.new_zeros(ctx.final_shape, dtype=torch.float32)
     if is_direct(do):
         ctx.maybe_clear_saved_tensors()  # unless the graph is retained
-        done = _launch(tensors, ctx.scale, do, dfinal)
+        done = _launch(tensors, ctx.scale, ctx.ranks, do, dfinal)
     else:
-        q, k, v, g, b, w, cu_seqlens, *kept = tensors
-        done = torch.ops.lightning_mixers.delta_rule_backward(q, k, v, g, b, w, ctx.scale, cu_seqlens, kept, do, dfinal)
+        q, k, v, g, b, w, own, cu_seqlens, *kept = tensors
+        done = torch.ops.lightning_mixers.delta_rule_backward(q, k, v, g, b, w, own, ctx.scale, cu_seqlens, ctx.ranks, kept, do, dfinal)
     *by_input, dstate = done
     left = iter(by_input)
-    dq, dk, dv, dg, db, dw = [next(left) if x else None for x in there]
-    return dq, dk, dv, dg, db, dw, None, dstate if ctx.has_state else None, None, None
+    dq, dk, dv, dg, db, dw, down = [next(left) if x else None for x in there]
+    return dq, dk, dv, dg, db, dw, down, None, dstate if ctx.has_state else None, None, None, None
 
 
 _run = differentiable(_forward, _setup_context, _gradients, outputs=2)

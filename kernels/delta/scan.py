@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -14,52 +14,79 @@ REGISTERS = 168  # of a thread on Hopper, up to K = 64: three programs of four w
 INPUTS = ("S_Q", "S_K", "S_V", "S_G", "S_W", "H", "HV", "HG", "K", "V", "C", "G", "W", "PACKED", "EXACT", "PRECISION")
 
 
-def forward(q: Tensor, k: Tensor, v: Tensor, g: Tensor | None, w: Tensor | None, scale: float, state: Tensor | None, cu_seqlens: Tensor | None,
-            save: bool) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    """Outputs, the final state and, if `save`, the states before the chunks [n, HV, K, V]: all that the backward pass gets beside the inputs."""
+def forward(q: Tensor, k: Tensor, v: Tensor, g: Tensor | None, w: Tensor | None, own: Tensor | None, scale: float, state: Tensor | None,
+            cu_seqlens: Tensor | None, ranks: int, save: bool) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    """Outputs, the final state and, if `save`, the states before the chunks [n, HV, K, V]: all that the backward pass gets beside the inputs.
+
+    q, k, v and o have `ranks` rows a token, side by side on their time axis; gates, own and cu_seqlens are by token.
+    """
     from kernels.delta._triton.scan import scan_kernel
 
-    problem = make_problem(q, k, v, g, None, w, cu_seqlens)
+    problem, weights = _problem(q, k, v, g, w, own, cu_seqlens, ranks)
     x, (k_dim, v_dim) = problem.inputs, problem.sizes
     o = v.new_empty(v.shape)
     states = v.new_empty(problem.n_chunks, problem.v_heads, k_dim, v_dim) if save else v
     final = v.new_empty(problem.sequences, problem.v_heads, k_dim, v_dim, dtype=torch.float32)
     options = _options(problem, "scan_narrow" if problem.settings["EXACT"] or v_dim < 64 else "scan")
     scan_kernel[(problem.sequences * problem.v_heads * (v_dim // options["BV"]),)](
-        x["q"], x["k"], x["v"], x["g"], x["w"], final if state is None else state.contiguous(), *problem.chunks, o, states, final, scale,
-        **problem.lengths, INITIAL=state is not None, SAVE=save, **problem.only(*INPUTS), **options,
+        x["q"], x["k"], x["v"], x["g"], x["w"], weights.own, final if state is None else state.contiguous(), *problem.chunks, o, states, final,
+        scale, **problem.lengths, **weights.settings, INITIAL=state is not None, SAVE=save, **problem.only(*INPUTS), **options,
     )  # fmt: skip
     return o, final, states
+
+
+class Weights(NamedTuple):
+    """What a token's own outputs have in place of the write gate, and how many rows a token has, as the kernels see them."""
+
+    own: Tensor  # q, which is never read, where there is none
+    settings: dict[str, int]
+
+
+def _problem(
+    q: Tensor, k: Tensor, v: Tensor, g: Tensor | None, w: Tensor | None, own: Tensor | None, cu_seqlens: Tensor | None, ranks: int
+) -> tuple[Problem, Weights]:
+    ends = cu_seqlens if cu_seqlens is None or ranks == 1 else cu_seqlens * ranks
+    problem = make_problem(q, k, v, g, None, w, ends)
+    rows = problem.inputs["q"] if own is None else as_rows(own)
+    return problem, Weights(rows, {"OWN": own is not None, "S_OWN": rows.stride(1), "R": ranks})
 
 
 def _options(problem: Problem, kernel: str) -> dict[str, int]:
     return problem.options(kernel) | ({"maxnreg": REGISTERS} if problem.hopper and problem.sizes[0] <= 64 else {})
 
 
-def backward(inputs: dict[str, Any], kept: list[Tensor], scale: float, cu_seqlens: Tensor | None, do: Tensor, dfinal: Tensor) -> list[Tensor]:
+def backward(
+    inputs: dict[str, Any], kept: list[Tensor], scale: float, cu_seqlens: Tensor | None, ranks: int, do: Tensor, dfinal: Tensor
+) -> list[Tensor]:
     """As `backward.launch`; `kept` are the states. What nobody else holds is freed before the gradients of shared heads are summed."""
     from kernels.delta._triton.dscan import dscan_kernel
 
-    problem = make_problem(**inputs, cu_seqlens=cu_seqlens)
+    del inputs["b"]
+    problem, weights = _problem(**inputs, cu_seqlens=cu_seqlens, ranks=ranks)
     wanted = {"d" + name: (x.shape, x.dtype) for name, x in inputs.items() if x is not None}
     inputs.clear()
     x, s, (k_dim, v_dim) = problem.inputs, problem.settings, problem.sizes
     do = as_rows(do)
     options = _options(problem, "dscan")
     parts = v_dim // options["BV"]
+    by_token = problem._replace(rows=problem.rows // ranks)
     made = {name: problem.gradient(name[1], k_dim, parts=parts) for name in ("dq", "dk")}
     made["dv"] = problem.gradient("v", v_dim)
     if s["G"]:
-        made["dg"] = problem.gradient("g", 1, torch.float32, parts)
+        made["dg"] = by_token.gradient("g", 1, torch.float32, parts)
     if s["W"]:
-        made["dw"] = problem.gradient("w", v_dim) if s["W"] == 2 else problem.gradient("w", 1, parts=parts)
+        made["dw"] = by_token.gradient("w", v_dim) if s["W"] == 2 else by_token.gradient("w", 1, parts=parts)
+    if weights.settings["OWN"]:
+        dtype = torch.float32 if parts > 1 else weights.own.dtype
+        made["down"] = weights.own.new_empty(by_token.rows, problem.v_heads * parts, 1, dtype=dtype)
     dinitial = dfinal.new_empty(dfinal.shape)  # in the order of its axes, whatever the order of dfinal's
-    out = [made.get(name, dinitial) for name in ("dq", "dk", "dv", "dg", "dw")]
+    out = [made.get(name, dinitial) for name in ("dq", "dk", "dv", "dg", "dw", "down")]
     dscan_kernel[(problem.sequences * problem.v_heads * parts,)](
-        x["q"], x["k"], x["v"], x["g"], x["w"], *kept, do, dfinal.contiguous(), *problem.chunks, *out, dinitial, scale,
-        **problem.lengths, S_O=do.stride(1), **problem.only(*INPUTS), **options,
+        x["q"], x["k"], x["v"], x["g"], x["w"], weights.own, *kept, do, dfinal.contiguous(), *problem.chunks, *out, dinitial, scale,
+        **problem.lengths, **weights.settings, S_O=do.stride(1), **problem.only(*INPUTS), **options,
     )  # fmt: skip
     out.clear()
     kept.clear()
     x.clear()
+    del weights
     return [*(sum_heads(made.pop(name), *wanted[name]) for name in wanted), dinitial]

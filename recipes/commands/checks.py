@@ -98,6 +98,10 @@ def _ranked(make: Callable[..., Problem], n: int, *, ranks: int) -> Problem:
     return make(_layer(n), Draw(seed=ranks), ranks=ranks)
 
 
+def _own(n: int, *, ranks: int, packed: bool) -> Problem:
+    return problems.ranked_delta_rule(_small(n), Draw(seed=6), ranks=ranks, packed=packed)
+
+
 def _gates(n: int, *, mixer: str) -> Problem:
     return problems.delta_gates(mixer, _layer(n), Draw(), extreme=True)
 
@@ -129,6 +133,8 @@ def _table() -> Iterator[Check]:
     yield Check("SiLU gate", "gated_rms_norm", lambda n: problems.gated_rms_norm(_layer(n), Draw()), HEAD_SIZES)
     yield Check("queries and keys", "l2_norm", lambda n: problems.l2_norm(_layer(n), Draw()), HEAD_SIZES)
     for ranks in (1, 4):
+        yield Check(f"mamba3, rank {ranks}", "delta_rule", partial(_own, ranks=ranks, packed=False), (64, 128), "mamba3")
+        yield Check(f"mamba3, rank {ranks}, packed", "delta_rule", partial(_own, ranks=ranks, packed=True), mixer="mamba3")
         yield Check(f"mamba3, rank {ranks}", "gated_skip", partial(_ranked, problems.gated_skip, ranks=ranks), HEAD_SIZES)
     yield Check("mamba3, rank 4", "rank_values", partial(_ranked, problems.rank_values, ranks=4))
     yield Check("mamba3, packed", "rotary_keys", lambda n: problems.rotary_keys(_layer(n), Draw(), ranks=1, packed=True), HEAD_SIZES)
@@ -136,6 +142,7 @@ def _table() -> Iterator[Check]:
 
 
 CHECKS: tuple[Check, ...] = tuple(_table())
+MIXERS = frozenset(check.mixer for check in CHECKS if check.mixer)  # which have checks of their own
 
 
 def ops() -> list[str]:

@@ -16,7 +16,7 @@ from lit_modules.decoder_lm import DecoderLM
 from mixers import mamba_ssm, registry
 from mixers.base import SequenceMixer
 from mixers.errors import ConfigError
-from recipes.commands import checks, problems, verdict
+from recipes.commands import checks, verdict
 from recipes.commands.checks import Result, Trial
 
 TOKENS = 4  # of the input that a mixer is traced with
@@ -113,10 +113,10 @@ def trials(lm: DecoderLM, calls: dict[str, list[Call] | None], dtype: torch.dtyp
     unknown = None in calls.values()
     ops = None if unknown else {call.op for found in calls.values() for call in found or () if call.backend == "triton"}
     mixed = [mixer for name, (mixer, _) in distinct(lm).items() if calls[name]]  # attention and the like have no kernels of ours
-    sizes = {size for mixer in mixed for size in (getattr(mixer, "head_dim", None), getattr(mixer, "v_head_dim", None)) if size}
+    sizes = {size for mixer in mixed for name in ("head_dim", "v_head_dim", "d_state") if (size := getattr(mixer, name, None))}
     settings = lm.settings["mixers"]
     names = {str((settings.get(name) or {}).get("mixer", name)) for name in lm.layer_names}
-    families = names & problems.WIDTHS.keys()
+    families = names & checks.MIXERS
     others = unknown or any(name not in registry.available() for name in names)
     return checks.select(ops, [dtype], None if others else sizes, None if others else families)
 

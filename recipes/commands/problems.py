@@ -155,6 +155,19 @@ def delta_rule(mixer: str, shape: Shape, draw: Draw, *, extreme: bool = False, p
     return Problem("delta_rule", leaves, options, cotangents, frozenset({"g", "state", "final"}))
 
 
+def ranked_delta_rule(shape: Shape, draw: Draw, *, ranks: int, packed: bool = False) -> Problem:
+    """`delta_rule` as Mamba-3 calls it: `ranks` keys, values and queries a token, no erase, what a token reads of itself weighted by `own`."""
+    problem = delta_rule("mamba2", shape, draw, packed=packed, state=True)
+    q = problem.leaves["q"]
+    lead = (*q.shape[:2], ranks)
+    leaves = {name: F.normalize(draw.normal(*lead, shape.heads, shape.dk), dim=-1) for name in "qk"} | {
+        "v": draw.normal(*lead, shape.v_heads, shape.dv)
+    }
+    leaves["own"] = draw.uniform(*q.shape[:2], shape.v_heads, 1)
+    cotangents = {**problem.cotangents, "o": draw.cotangent(*lead, shape.v_heads, shape.dv)}
+    return problem._replace(leaves={**problem.leaves, **leaves}, cotangents=cotangents, wide=problem.wide | {"w", "own"})
+
+
 def delta_rule_step(mixer: str, shape: Shape, draw: Draw, *, extreme: bool = False) -> Problem:
     """One token of `delta_rule` for `shape.batch` sequences; forward only."""
     leaves = _delta_inputs(mixer, (shape.batch,), shape, draw, extreme)

@@ -218,7 +218,7 @@ def test_a_gate_that_is_not_a_number_shows(model: str) -> None:
     leaves = make(case_of(model, 16, 16, tokens=5)).rounded(torch.float32, DEVICE).leaves
     g = leaves["g"].clone()
     g[:, 2] = float("nan")
-    o, *_ = torch.ops.lightning_mixers.delta_rule(*(leaves[n] for n in "qkv"), g, leaves.get("b"), leaves["w"], 1.0, None, None, False)
+    o, *_ = torch.ops.lightning_mixers.delta_rule(*(leaves[n] for n in "qkv"), g, leaves.get("b"), leaves["w"], None, 1.0, None, None, 1, False)
     assert o[:, 2:].isnan().all()
     if model == "mamba2":  # a decay per channel lets it into the other rows of its chunk
         assert o[:, :2].isfinite().all()

@@ -1,7 +1,7 @@
 """The whole forward pass without erase and with at most one decay a head (README.md, section 7): a chunk goes through no memory.
 
 Shapes: C rows a chunk, H key heads, HV value heads, K key size, V value size, BV value columns a program. Gates: 0 absent, 1 scalar, 2 channel.
-Inputs are [tokens, heads, channels] with token strides S_x.
+Inputs are [rows, heads, channels] with row strides S_x: R rows a token, gates and own one (7.8).
 """
 
 import triton
@@ -12,9 +12,10 @@ from kernels.delta._triton.tree import chunk_rows, decayed, head_sums, wide
 
 @triton.jit(do_not_specialize=["tokens", "per_sequence"])
 def scan_kernel(
-    q, k, v, g, w, initial, first_chunk, starts, lengths, o, S_all, final, scale, tokens, per_sequence,
+    q, k, v, g, w, own, initial, first_chunk, starts, lengths, o, S_all, final, scale, tokens, per_sequence,
     S_Q: tl.constexpr, S_K: tl.constexpr, S_V: tl.constexpr, S_G: tl.constexpr, S_W: tl.constexpr,
     H: tl.constexpr, HV: tl.constexpr, HG: tl.constexpr, K: tl.constexpr, V: tl.constexpr, C: tl.constexpr, G: tl.constexpr, W: tl.constexpr,
+    OWN: tl.constexpr, S_OWN: tl.constexpr, R: tl.constexpr,
     INITIAL: tl.constexpr, SAVE: tl.constexpr, PACKED: tl.constexpr, EXACT: tl.constexpr, PRECISION: tl.constexpr, BV: tl.constexpr,
 ):  # fmt: skip
     """One program a sequence, head and block of value columns. SAVE keeps the states before the chunks."""
@@ -28,6 +29,7 @@ def scan_kernel(
     v += head * V
     o += head * V
     w += head * (V if W == 2 else 1)
+    own += head
     if PACKED:
         first, end = tl.load(first_chunk + sequence), tl.load(first_chunk + sequence + 1)
     else:
@@ -44,27 +46,32 @@ def scan_kernel(
             tl.store(S_all + (wide(chunk) * HV + head) * K * V + (c[:, None] * V + cv[None, :]), S_d)
         q_c = tl.load(q + start * S_Q + (r[:, None] * S_Q + c[None, :]), mask=inside, other=0.0)
         k_c = tl.load(k + start * S_K + (r[:, None] * S_K + c[None, :]), mask=inside, other=0.0)
-        R = tl.load(v + start * S_V + (r[:, None] * S_V + cv[None, :]), mask=inside, other=0.0)
+        R_c = tl.load(v + start * S_V + (r[:, None] * S_V + cv[None, :]), mask=inside, other=0.0)
         if W == 2:
-            R = (R.to(tl.float32) * tl.load(w + start * S_W + (r[:, None] * S_W + cv[None, :]), mask=inside, other=0.0).to(tl.float32)).to(dtype)
+            R_c = (R_c.to(tl.float32) * tl.load(w + start * S_W + (r[:, None] * S_W + cv[None, :]), mask=inside, other=0.0).to(tl.float32)).to(dtype)
         read = tl.full([C], scale, tl.float32)  # what one number a row does is done on products, in float32
         write = tl.full([C], 1.0, tl.float32)
         if W == 1:
-            write = tl.load(w + start * S_W + r * S_W, mask=r < rows, other=0.0).to(tl.float32)
+            write = tl.load(w + (start // R + r // R) * S_W, mask=r < rows, other=0.0).to(tl.float32)
         P = tl.dot(q_c, tl.trans(k_c), input_precision=PRECISION)
-        on_or_below = r[:, None] >= r[None, :]
-        P = tl.where(on_or_below, P, 0.0) * (scale * write)[None, :]
+        seen = (r // R)[:, None] >= (r // R)[None, :]
+        # masked behind what it is multiplied by: a later weight, or decay, that is no number stays where it is
+        if OWN:
+            weight = tl.load(own + (start // R + r // R) * S_OWN, mask=r < rows, other=0.0).to(tl.float32)
+            P *= scale * tl.where((r // R)[:, None] == (r // R)[None, :], weight[None, :], write[None, :])
+            P = tl.where(seen, P, 0.0)
+        else:
+            P = tl.where(seen, P * (scale * write)[None, :], 0.0)
         if G:
-            sums, rest, total, total_rest = head_sums(g + start * S_G, rows, S_G, C, EXACT)
-            # a later decay that is no number stays where it is
-            P *= tl.where(on_or_below, decayed(sums[:, None], rest[:, None], sums[None, :], rest[None, :], EXACT), 0.0)
+            sums, rest, total, total_rest = head_sums(g + (start // R) * S_G, rows, S_G, C, R, EXACT)
+            P *= tl.where(seen, decayed(sums[:, None], rest[:, None], sums[None, :], rest[None, :], EXACT), 0.0)
             read *= decayed(sums, rest, 0.0, 0.0, EXACT)
             write *= decayed(total, total_rest, sums, rest, EXACT)
             S *= decayed(total, total_rest, 0.0, 0.0, EXACT)
         o_c = tl.dot(q_c, S_d, input_precision=PRECISION) * read[:, None]
-        o_c = tl.dot(P.to(dtype), R, o_c, input_precision=PRECISION)
+        o_c = tl.dot(P.to(dtype), R_c, o_c, input_precision=PRECISION)
         tl.store(o + start * (HV * V) + (r[:, None] * (HV * V) + cv[None, :]), o_c.to(dtype), mask=inside)
         if G or W == 1:
-            R = (R.to(tl.float32) * write[:, None]).to(dtype)
-        S = tl.dot(tl.trans(k_c), R, S, input_precision=PRECISION)
+            R_c = (R_c.to(tl.float32) * write[:, None]).to(dtype)
+        S = tl.dot(tl.trans(k_c), R_c, S, input_precision=PRECISION)
     tl.store(final + whole, S)

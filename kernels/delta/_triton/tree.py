@@ -129,10 +129,13 @@ def stack(x, y):
 
 
 @triton.jit
-def head_sums(g, rows, S_G: tl.constexpr, C: tl.constexpr, EXACT: tl.constexpr):
-    """Running sums G [C] of a decay per head and their total, in log 2, each in two parts as in `running_sums`; without EXACT the second is 0."""
+def head_sums(g, rows, S_G: tl.constexpr, C: tl.constexpr, R: tl.constexpr, EXACT: tl.constexpr):
+    """Running sums G [C] of a decay per head and their total, in log 2, each in two parts as in `running_sums`; without EXACT the second is 0.
+
+    Of the R rows of a token the first decays.
+    """
     r = tl.arange(0, C)
-    g2 = log2_decay(tl.load(g + r * S_G, mask=r < rows, other=0.0))
+    g2 = log2_decay(tl.load(g + (r // R) * S_G, mask=(r < rows) & (r % R == 0), other=0.0))
     rest = tl.zeros([C], tl.float32)
     if EXACT:
         coarse = tl.floor(g2 * GRID + 0.5) / GRID
