@@ -10,7 +10,6 @@ from torch import Tensor
 from kernels.delta.backward import sum_heads
 from kernels.delta.forward import Problem, as_rows, make_problem
 
-REGISTERS = 168  # of a thread on Hopper, up to K = 64: three programs of four warps fit side by side, and few registers have to move to memory
 INPUTS = ("S_Q", "S_K", "S_V", "S_G", "S_W", "H", "HV", "HG", "K", "V", "C", "G", "W", "PACKED", "EXACT", "PRECISION")
 
 
@@ -27,7 +26,7 @@ def forward(q: Tensor, k: Tensor, v: Tensor, g: Tensor | None, w: Tensor | None,
     o = v.new_empty(v.shape)
     states = v.new_empty(problem.n_chunks, problem.v_heads, k_dim, v_dim) if save else v
     final = v.new_empty(problem.sequences, problem.v_heads, k_dim, v_dim, dtype=torch.float32)
-    options = _options(problem, "scan_narrow" if problem.settings["EXACT"] or v_dim < 64 else "scan")
+    options = problem.options("scan_narrow" if problem.settings["EXACT"] or v_dim < 64 else "scan")
     scan_kernel[(problem.sequences * problem.v_heads * (v_dim // options["BV"]),)](
         x["q"], x["k"], x["v"], x["g"], x["w"], weights.own, final if state is None else state.contiguous(), *problem.chunks, o, states, final,
         scale, **problem.lengths, **weights.settings, INITIAL=state is not None, SAVE=save, **problem.only(*INPUTS), **options,
@@ -51,10 +50,6 @@ def _problem(
     return problem, Weights(rows, {"OWN": own is not None, "S_OWN": rows.stride(1), "R": ranks})
 
 
-def _options(problem: Problem, kernel: str) -> dict[str, int]:
-    return problem.options(kernel) | ({"maxnreg": REGISTERS} if problem.hopper and problem.sizes[0] <= 64 else {})
-
-
 def backward(
     inputs: dict[str, Any], kept: list[Tensor], scale: float, cu_seqlens: Tensor | None, ranks: int, do: Tensor, dfinal: Tensor
 ) -> list[Tensor]:
@@ -67,7 +62,7 @@ def backward(
     inputs.clear()
     x, s, (k_dim, v_dim) = problem.inputs, problem.settings, problem.sizes
     do = as_rows(do)
-    options = _options(problem, "dscan")
+    options = problem.options("dscan")
     parts = v_dim // options["BV"]
     by_token = problem._replace(rows=problem.rows // ranks)
     made = {name: problem.gradient(name[1], k_dim, parts=parts) for name in ("dq", "dk")}

@@ -26,6 +26,8 @@ from recipes.commands.problems import Draw, Shape
 
 TABLES = {  # the module of an op's table
     "delta": "kernels.delta.tiles",
+    "ssd": "kernels.delta.tiles",
+    "siso": "kernels.delta.tiles",
     "step": "kernels.delta.step",
     "conv": "kernels.conv1d.tiles",
     "gates": "kernels.gates.tiles",
