@@ -249,11 +249,11 @@ def l2_norm(shape: Shape, draw: Draw) -> Problem:
 
 
 def gated_skip(shape: Shape, draw: Draw, *, ranks: int) -> Problem:
-    """What Mamba-3 does to the outputs of its recurrence, which are float32; without scales for one rank."""
+    """What Mamba-3 does to the outputs of its recurrence; without scales for one rank."""
     size, each = (shape.batch, shape.tokens, shape.v_heads, shape.dv), (shape.v_heads, ranks, shape.dv)
     leaves = {"o": draw.normal(*size[:2], ranks, *size[2:]), "v": draw.normal(*size), "z": draw.normal(*size), "D": draw.normal(shape.v_heads)}
     scales = {name: draw.normal(*each) for name in ("v_scale", "z_scale", "out_scale")} if ranks > 1 else {}
-    return Problem("gated_skip", leaves | scales, {}, {"y": draw.cotangent(*size)}, frozenset({"o", "D", *scales}))
+    return Problem("gated_skip", leaves | scales, {}, {"y": draw.cotangent(*size)}, frozenset({"D", *scales}))
 
 
 def rank_values(shape: Shape, draw: Draw, *, ranks: int) -> Problem:
