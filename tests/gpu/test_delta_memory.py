@@ -96,12 +96,13 @@ def test_one_launch_frees_what_it_has_read_before_heads_are_summed(monkeypatch: 
     leaves, loss = problem("mamba2")
     given: list[StorageWeakRef] = []
     alive: list[int] = []
-    options, sum_heads = scan._options, scan.sum_heads
+    make_problem, sum_heads = scan.make_problem, scan.sum_heads
 
-    def watched(problem: Any, kernel: str) -> Any:  # before a launch
+    def watched(*arguments: Any) -> Any:  # before a launch
+        found = make_problem(*arguments)
         given.clear()
-        given.extend(StorageWeakRef(x.untyped_storage()) for name, x in problem.inputs.items() if name in "kvgw")
-        return options(problem, kernel)
+        given.extend(StorageWeakRef(x.untyped_storage()) for name, x in found.inputs.items() if name in "kvgw")
+        return found
 
     def summed(*arguments: Any) -> Tensor:
         if not ON_GPU:
@@ -110,7 +111,7 @@ def test_one_launch_frees_what_it_has_read_before_heads_are_summed(monkeypatch: 
         return sum_heads(*arguments)
 
     value = loss(*leaves.values())
-    monkeypatch.setattr(scan, "_options", watched)
+    monkeypatch.setattr(scan, "make_problem", watched)
     monkeypatch.setattr(scan, "sum_heads", summed)
     gradients(value, leaves)
     gc.unfreeze()
