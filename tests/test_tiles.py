@@ -121,13 +121,13 @@ def picked_and_launched() -> Find:
 
 
 def of_every_size(found: list[offline.Compilation]) -> list[offline.Compilation]:
-    """Of every kernel, width of inputs, tile and K x V the launch with the widest gates. Fewer than four warps make no products of the kind that is
-    at fault: one size stands for all, and none in float32."""
+    """Of every kernel, width of inputs, tile, K x V and kind of token (ranks, a weight of its own) the launch with the widest gates. Fewer than four
+    warps make no products of the kind that is at fault: one size stands for all, and none in float32."""
 
     def kind(one: offline.Compilation) -> tuple[Any, ...]:
         constants = {one.kernel.arg_names[path[0]]: value for path, value in one.constants.items()}
         warps = one.options["num_warps"]
-        sizes = [constants.get(name) for name in ("K", "V", "BK", "BV") if warps >= 4]
+        sizes = [constants.get(name) for name in ("K", "V", "BK", "BV", "OWN", "R") if warps >= 4]
         return one.kernel.__module__, one.kernel.__name__, is_full(one), warps, one.options["num_stages"], *sizes
 
     def is_full(one: offline.Compilation) -> bool:

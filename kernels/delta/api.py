@@ -45,7 +45,8 @@ def delta_rule(
         scale: factor on q; None: K ** -0.5.
         state: initial state [N, HV, K, V], float32 (float64 for float64 inputs), N = B or the number of packed sequences; None: zero.
         cu_seqlens: [N+1] integer, strictly increasing from 0 to T: T holds N packed sequences, B is 1, and nothing crosses a boundary.
-        backend: "auto" | "triton" | "reference" (the chunkwise form in plain torch); see `kernels.backend.resolve`.
+        backend: "auto" | "triton" | "reference" (the chunkwise form in plain torch); see `kernels.backend.resolve`. The kernels take K up to 256,
+            with ranks or own K and V up to 128 and R up to 64; "auto" runs the reference beyond.
 
     Returns:
         o, of v's shape and dtype, and the final state [N, HV, K, V], float32 or float64.

@@ -39,8 +39,9 @@ def delta_rule(
     k_more, v_more, more = _padded(k_dim) - k_dim, _padded(v_dim) - v_dim, (1 << (ranks - 1).bit_length()) - ranks
     if k_more or v_more:
         q, k, v = F.pad(q, (0, k_more)), F.pad(k, (0, k_more)), F.pad(v, (0, v_more))
-        g, b = (x if x is None or x.shape[-1] == 1 < k_dim else F.pad(x, (0, k_more)) for x in (g, b))
-        w = w if w is None or w.shape[-1] == 1 < v_dim else F.pad(w, (0, v_more))
+        # a gate of one channel stays one number a head: of one channel in all it would become one a channel, which ranks and own cannot have
+        g, b = (x if x is None or x.shape[-1] == 1 else F.pad(x, (0, k_more)) for x in (g, b))
+        w = w if w is None or w.shape[-1] == 1 else F.pad(w, (0, v_more))
         state = None if state is None else F.pad(state, (0, v_more, 0, k_more))
     with_ranks = q.ndim == 5
     if with_ranks:

@@ -16,6 +16,8 @@ from torch.utils._pytree import tree_map_only
 
 from kernels import backend
 from mixers.gdn2 import GatedDeltaNet2
+from recipes.commands import problems
+from recipes.commands.problems import Draw, Shape
 
 pytestmark = pytest.mark.usefixtures("_interpreter_is_known")
 
@@ -56,6 +58,43 @@ def test_opcheck(model: str, layout: str) -> None:
         forward = n == 0  # the op that gradients are asked of
         leaves = tree_map_only(Tensor, lambda x, forward=forward: x.detach().clone().requires_grad_(forward and x.is_floating_point()), args)
         torch.library.opcheck(op, leaves, kwargs)
+
+
+def ranked(tokens: int, packed: bool) -> dict[str, Tensor]:
+    """Arguments with three ranks, which are filled up to four, and a weight of a token's own."""
+    arguments = dict(problems.ranked_delta_rule(Shape(1, tokens, 1, SIZE, SIZE, 2), Draw(), ranks=3).to(torch.float32, DEVICE).leaves)
+    if packed:
+        arguments |= {"cu_seqlens": cu_seqlens_of([tokens - 1, 1]).to(DEVICE), "state": arguments["state"].repeat(2, 1, 1, 1)}
+    return arguments
+
+
+def gradients_of(call: Any, arguments: dict[str, Tensor]) -> list[Tensor]:
+    """Results, and gradients of everything that has one."""
+    leaves = {name: x.detach().requires_grad_() for name, x in arguments.items() if x.is_floating_point()}
+    o, final = call(**{**arguments, **leaves})
+    return [o.detach(), final.detach(), *torch.autograd.grad(o.square().sum() + final.square().sum(), list(leaves.values()))]
+
+
+@pytest.mark.usefixtures("poison")
+@pytest.mark.parametrize("packed", [False, True], ids=["dense", "packed"])
+def test_opcheck_of_both_passes_with_ranks(packed: bool) -> None:
+    with CustomOps() as recorded:
+        gradients_of(kernel, ranked(34, packed))  # as many chunks as there can be
+    assert [str(op).split(".")[1] for op, *_ in recorded.calls] == ["delta_rule", "delta_rule_backward"]
+    for op, args, kwargs in recorded.calls:
+        torch.library.opcheck(op, tree_map_only(Tensor, lambda x: x.detach().clone(), args), kwargs)
+
+
+@pytest.mark.parametrize("packed", [False, True], ids=["dense", "packed"])
+def test_ranks_compile_once_for_every_length(packed: bool) -> None:
+    torch._dynamo.reset()
+    counter = CompileCounterWithBackend("aot_eager")
+    compiled = torch.compile(kernel, fullgraph=True, backend=counter)
+    for tokens in (34, 40, 23, 50):
+        arguments = ranked(tokens, packed)
+        for got, wanted in zip(gradients_of(compiled, arguments), gradients_of(kernel, arguments), strict=True):
+            assert torch.equal(got, wanted)
+    assert counter.frame_count <= 2
 
 
 def test_compiled_alone() -> None:

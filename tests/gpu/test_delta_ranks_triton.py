@@ -59,6 +59,9 @@ CASES: dict[str, tuple[Problem, torch.dtype]] = {
     "rank 4, no state": (make(4, tokens=33, without=("state",)), SINGLE),
     "rank 64": (make(64, tokens=3), SINGLE),
     "one token": (make(4, tokens=1), SINGLE),
+    "one channel": (one_rank(make(1, tokens=33, sizes=(1, 1))), SINGLE),  # a gate of one is one number a head
+    "rank 4, one key channel": (make(4, tokens=33, sizes=(1, SIZE)), SINGLE),
+    "rank 2, one value channel": (make(2, tokens=33, sizes=(SIZE, 1), packed=True), SINGLE),
 }
 if ON_GPU:
     CASES |= {f"rank {ranks}, {size}, long": (make(ranks, 1000, sizes=(size, size)), LOW) for ranks in (1, 4) for size in (32, 64, 128)}

@@ -75,7 +75,7 @@ def dscan_kernel(
         tail = tl.full([C], 1.0, tl.float32)
         write = tail
         if W == 1:
-            write = tl.load(w + (start // R + r // R) * S_W, mask=r < rows, other=0.0).to(tl.float32)
+            write = tl.load(w + (start // R) * S_W + (r // R) * S_W, mask=r < rows, other=0.0).to(tl.float32)
         if W == 2:
             w_c = tl.load(w + start * S_W + (r[:, None] * S_W + cv[None, :]), mask=inside, other=0.0).to(tl.float32)
             R_c = (v_c.to(tl.float32) * w_c).to(dtype)
@@ -99,7 +99,7 @@ def dscan_kernel(
             x *= tl.where(seen, decayed(sums[None, :], rest[None, :], sums[:, None], rest[:, None], EXACT), 0.0)
         if OWN:
             same = (r // R)[None, :] == (r // R)[:, None]
-            weight = tl.load(own + (start // R + r // R) * S_OWN, mask=r < rows, other=0.0).to(tl.float32)
+            weight = tl.load(own + (start // R) * S_OWN + (r // R) * S_OWN, mask=r < rows, other=0.0).to(tl.float32)
             dA_t *= x
             E_t = dA_t * P_t  # of pairs without their weights
             of_own = by_token(tl.sum(tl.where(same, E_t, 0.0), 1), R, C)

@@ -52,22 +52,21 @@ def scan_kernel(
         read = tl.full([C], scale, tl.float32)  # what one number a row does is done on products, in float32
         write = tl.full([C], 1.0, tl.float32)
         if W == 1:
-            write = tl.load(w + (start // R + r // R) * S_W, mask=r < rows, other=0.0).to(tl.float32)
+            write = tl.load(w + (start // R) * S_W + (r // R) * S_W, mask=r < rows, other=0.0).to(tl.float32)
         P = tl.dot(q_c, tl.trans(k_c), input_precision=PRECISION)
         seen = (r // R)[:, None] >= (r // R)[None, :]
-        # masked behind what it is multiplied by: a later weight, or decay, that is no number stays where it is
         if OWN:
-            weight = tl.load(own + (start // R + r // R) * S_OWN, mask=r < rows, other=0.0).to(tl.float32)
-            P *= scale * tl.where((r // R)[:, None] == (r // R)[None, :], weight[None, :], write[None, :])
-            P = tl.where(seen, P, 0.0)
+            weight = tl.load(own + (start // R) * S_OWN + (r // R) * S_OWN, mask=r < rows, other=0.0).to(tl.float32)
+            P *= tl.where((r // R)[:, None] == (r // R)[None, :], (scale * weight)[None, :], (scale * write)[None, :])
         else:
-            P = tl.where(seen, P * (scale * write)[None, :], 0.0)
+            P *= (scale * write)[None, :]
         if G:
             sums, rest, total, total_rest = head_sums(g + (start // R) * S_G, rows, S_G, C, R, EXACT)
-            P *= tl.where(seen, decayed(sums[:, None], rest[:, None], sums[None, :], rest[None, :], EXACT), 0.0)
+            P *= decayed(sums[:, None], rest[:, None], sums[None, :], rest[None, :], EXACT)
             read *= decayed(sums, rest, 0.0, 0.0, EXACT)
             write *= decayed(total, total_rest, sums, rest, EXACT)
             S *= decayed(total, total_rest, 0.0, 0.0, EXACT)
+        P = tl.where(seen, P, 0.0)  # behind all that it is multiplied by: a later weight, or decay, that is no number stays where it is
         o_c = tl.dot(q_c, S_d, input_precision=PRECISION) * read[:, None]
         o_c = tl.dot(P.to(dtype), R_c, o_c, input_precision=PRECISION)
         tl.store(o + start * (HV * V) + (r[:, None] * (HV * V) + cv[None, :]), o_c.to(dtype), mask=inside)
