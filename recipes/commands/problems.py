@@ -160,10 +160,8 @@ def ranked_delta_rule(shape: Shape, draw: Draw, *, ranks: int, packed: bool = Fa
     problem = delta_rule("mamba2", shape, draw, packed=packed, state=True)
     q = problem.leaves["q"]
     lead = (*q.shape[:2], ranks)
-    leaves = {name: F.normalize(draw.normal(*lead, shape.heads, shape.dk), dim=-1) for name in "qk"} | {
-        "v": draw.normal(*lead, shape.v_heads, shape.dv)
-    }
-    leaves["own"] = draw.uniform(*q.shape[:2], shape.v_heads, 1)
+    leaves = {name: F.normalize(draw.normal(*lead, shape.heads, shape.dk), dim=-1) for name in "qk"}
+    leaves |= {"v": draw.normal(*lead, shape.v_heads, shape.dv), "own": draw.uniform(*q.shape[:2], shape.v_heads, 1)}
     cotangents = {**problem.cotangents, "o": draw.cotangent(*lead, shape.v_heads, shape.dv)}
     return problem._replace(leaves={**problem.leaves, **leaves}, cotangents=cotangents, wide=problem.wide | {"w", "own"})
 
