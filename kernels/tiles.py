@@ -25,12 +25,10 @@ class Tile(NamedTuple):
     num_warps: int
     num_stages: int
     blocks: Mapping[str, int] = {}  # compile-time block sizes, by the kernel's argument names
-    registers: int | None = None  # the most that a thread may have
 
     def options(self) -> dict[str, int]:
         """The keyword arguments of a launch."""
-        limit = {} if self.registers is None else {"maxnreg": self.registers}
-        return {**self.blocks, **limit, "num_warps": self.num_warps, "num_stages": self.num_stages}
+        return {**self.blocks, "num_warps": self.num_warps, "num_stages": self.num_stages}
 
 
 class Key(NamedTuple):

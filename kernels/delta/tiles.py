@@ -32,10 +32,10 @@ _SAFE = {
     "dstate_hopper": Tile(4, 3, {"BV": 32}),
 }
 _H100_HALF = Key("sm_90", 2, 128)
-# Three programs of four warps fit side by side, and few registers have to move to memory. Not measured yet.
-_LIMITED = {"scan": (64,), "scan_narrow": (32,), "dscan": (32, 64)}
+_H100_HALF_64 = Key("sm_90", 2, 64)
 _TUNED = {
-    **{name: {Key("sm_90", 2, size): _SAFE[name]._replace(registers=168) for size in sizes} for name, sizes in _LIMITED.items()},
+    "scan": {_H100_HALF_64: Tile(4, 3, {"BV": 64})},
+    "dscan": {_H100_HALF_64: Tile(4, 2, {"BV": 64})},
     "solve": {_H100_HALF: Tile(4, 1, {"BK": 64, "BV": 128})},
     "state": {_H100_HALF: Tile(8, 2, {"BV": 128})},
     "state_hopper": {_H100_HALF: Tile(4, 3, {"BV": 16})},
@@ -47,4 +47,4 @@ _TUNED = {
 TILES = TileTable("delta_rule", _SAFE, _TUNED)
 
 # what `bench tune` tries
-CANDIDATES = {name: [Tile(4, stages, {"BV": 64}, registers) for stages in (1, 2, 3) for registers in (128, 168, None)] for name in ("scan", "dscan")}
+CANDIDATES = {name: [Tile(4, stages, {"BV": 64}) for stages in (1, 2, 3)] for name in ("scan", "dscan")}

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from kernels.tiles import Tile, TileTable
+from kernels.tiles import Key, Tile, TileTable
 
 # TILE entries are held at a time; a program does so STEPS times
 TILES = TileTable(
@@ -11,7 +11,10 @@ TILES = TileTable(
         "forward": Tile(num_warps=4, num_stages=1, blocks={"TILE": 4096, "STEPS": 1}),
         "backward": Tile(num_warps=4, num_stages=1, blocks={"TILE": 2048, "STEPS": 16}),
     },
-    tuned={},
+    tuned={
+        "forward": {Key("sm_90", 2, 128): Tile(num_warps=4, num_stages=1, blocks={"TILE": 1024, "STEPS": 1})},
+        "backward": {Key("sm_90", 2, 128): Tile(num_warps=8, num_stages=1, blocks={"TILE": 2048, "STEPS": 16})},
+    },
 )
 
 # what `bench tune` tries

@@ -12,8 +12,8 @@ TILES = TileTable(
         "backward": Tile(num_warps=4, num_stages=1, blocks={"TILE": 2048, "COLUMNS": 1024, "ROWS": 64}),
     },
     tuned={
-        "forward": {Key("sm_90", 2, 1024): Tile(num_warps=8, num_stages=1, blocks={"TILE": 4096, "COLUMNS": 1024, "ROWS": 8})},
-        "backward": {Key("sm_90", 2, 1024): Tile(num_warps=4, num_stages=1, blocks={"TILE": 1024, "COLUMNS": 1024, "ROWS": 16})},
+        "forward": {Key("sm_90", 2, 1024): Tile(num_warps=4, num_stages=1, blocks={"TILE": 2048, "COLUMNS": 256, "ROWS": 8})},
+        "backward": {Key("sm_90", 2, 1024): Tile(num_warps=4, num_stages=1, blocks={"TILE": 1024, "COLUMNS": 128, "ROWS": 128})},
     },
 )
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from kernels.tiles import Tile, TileTable
+from kernels.tiles import Key, Tile, TileTable
 
 # ANGLES, PAIRS: angles, and pairs of channels, of a program. VECTOR: channels that a thread reads at once, at most: the fewer, the more heads are in
 # one thread, whose sums over heads need no other thread. COLUMNS: of all heads' angles
@@ -16,7 +16,7 @@ TILES = TileTable(
         "carries": Tile(num_warps=4, num_stages=1, blocks={"COLUMNS": 128}),
         "gradients": Tile(num_warps=4, num_stages=1, blocks={"ANGLES": 256}),
     },
-    tuned={},
+    tuned={"turns": {Key("sm_90", 2, 16): Tile(num_warps=4, num_stages=1, blocks={"ANGLES": 256})}},
 )
 
 # what `bench tune` tries

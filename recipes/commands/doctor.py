@@ -5,8 +5,7 @@ from __future__ import annotations
 import platform
 import sys
 import textwrap
-from collections import defaultdict
-from functools import partial
+from collections import Counter
 from typing import TYPE_CHECKING
 
 from rich.console import Console
@@ -83,23 +82,25 @@ def examine(console: Console, *, gpu: bool, recheck: bool) -> list[Result]:
     device = torch.device("cuda", torch.cuda.current_device()) if gpu else torch.device("cpu")
     trials = checks.select() if gpu else checks.quick()
     console.print(f"\n{title(trials, device)}", markup=False)
-    by_op: dict[str, list[Trial]] = defaultdict(list)
-    for trial in trials:
-        by_op[trial.check.op].append(trial)
-    results: list[Result] = []
-    for op, its in by_op.items():
-        known: list[bool] = []  # for each trial whether it was
-        found = verdict.prove(its, device, recheck=recheck, say=partial(_count, known))
-        console.print(f"  {op:<20} {summary(found, sum(known))}", markup=False)
-        for result in found:
-            if not result.passed:
-                console.print(f"    FAILED {result.label}: {reason(result)}", markup=False, soft_wrap=True)
-        results += found
-    return results
+    its = Counter(trial.check.op for trial in trials)
+    heard: dict[str, list[tuple[Result, bool]]] = {op: [] for op in its}
+
+    def hear(result: Result, known: bool) -> None:
+        op = result.label.partition(":")[0]
+        heard[op].append((result, known))
+        if len(heard[op]) == its[op]:
+            tell(console, op, heard[op])
+
+    # all at once, so that no process waits for the last case of an op
+    return verdict.prove(sorted(trials, key=lambda trial: list(its).index(trial.check.op)), device, recheck=recheck, say=hear)
 
 
-def _count(known: list[bool], _: Result, was_known: bool) -> None:
-    known.append(was_known)
+def tell(console: Console, op: str, heard: list[tuple[Result, bool]]) -> None:
+    """The line of an op, and one for each of its checks that failed. With each result goes whether it was known."""
+    console.print(f"  {op:<20} {summary([result for result, _ in heard], sum(known for _, known in heard))}", markup=False)
+    for result, _ in heard:
+        if not result.passed:
+            console.print(f"    FAILED {result.label}: {reason(result)}", markup=False, soft_wrap=True)
 
 
 def title(trials: list[Trial], device: torch.device) -> str:

@@ -236,6 +236,7 @@ def test_what_the_kernels_cannot_take_runs_on_the_reference(case: Case, dtype: t
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("rank", [1, 4])
 def test_a_layer(rank: int, dtype: torch.dtype) -> None:
-    """As a layer runs it: float32 inputs, steps of an initialised model, 32,768 tokens."""
-    case = Case((1, 32_768), (rank, 1, 24, 64, 16), rank == 1)
+    """As a layer runs it: float32 inputs, steps of an initialised model, 32,768 tokens. Fewer heads with ranks: the float64 reference shares the GPU
+    with other processes."""
+    case = Case((1, 32_768), (rank, 1, 24 // rank, 64, 16), rank == 1)
     check(case, make(case, torch.float32, 0.05), 10 * TOLERANCE[dtype], dtype=dtype)
