@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from argparse import Namespace
 from collections.abc import Callable
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ import torch
 from bench_cases import MACHINE, SMALL, FakeClock, groups_of
 from torch import Tensor
 
+from mixers import mamba_ssm
 from mixers.gdn2 import GatedDeltaNet2
 from recipes.__main__ import main
 from recipes.commands import bench_groups, bench_layer, bench_ops, bench_rows, problems
@@ -52,7 +54,8 @@ REFUSED = {
 
 
 @pytest.mark.parametrize("case", REFUSED)
-def test_refused_in_one_line(case: str, capsys: pytest.CaptureFixture[str]) -> None:
+def test_refused_in_one_line(case: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setattr(mamba_ssm, "find_spec", lambda name: None if name in ("mamba_ssm", "einops") else find_spec(name))
     arguments, words = REFUSED[case]
     assert main(["bench", *arguments]) == 2
     (line,) = capsys.readouterr().err.splitlines()

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from kernels.tiles import Tile, TileTable
+from kernels.tiles import Key, Tile, TileTable
 
 # A program holds TILE entries of v at a time, RANKED of all ranks together, and does so STEPS times. More of them would take more registers, and 8
 # entries a thread (16 bytes of 16-bit numbers) would lie otherwise than 4 of float32, which then pass through shared memory.
@@ -14,7 +14,16 @@ TILES = TileTable(
         "ranks_forward": Tile(num_warps=4, num_stages=1, blocks={"TILE": 512, "RANKED": 4096, "STEPS": 8}),
         "ranks_backward": Tile(num_warps=4, num_stages=1, blocks={"TILE": 512, "RANKED": 4096, "STEPS": 64}),
     },
-    tuned={},
+    tuned={
+        "forward": {
+            Key("sm_90", 2, 1): Tile(num_warps=8, num_stages=1, blocks={"TILE": 1024, "RANKED": 4096, "STEPS": 2}),
+            Key("sm_90", 2, 4): Tile(num_warps=2, num_stages=1, blocks={"TILE": 512, "RANKED": 1024, "STEPS": 16}),
+        },
+        "backward": {
+            Key("sm_90", 2, 1): Tile(num_warps=2, num_stages=1, blocks={"TILE": 512, "RANKED": 512, "STEPS": 128}),
+            Key("sm_90", 2, 4): Tile(num_warps=2, num_stages=1, blocks={"TILE": 512, "RANKED": 512, "STEPS": 64}),
+        },
+    },
 )
 
 

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from kernels.tiles import Key, Tile, TileTable
 
+_H100_HALF = Key("sm_90", 2, 16)
+
 # ANGLES, PAIRS: angles, and pairs of channels, of a program. VECTOR: channels that a thread reads at once, at most: the fewer, the more heads are in
 # one thread, whose sums over heads need no other thread. COLUMNS: of all heads' angles
 TILES = TileTable(
@@ -16,7 +18,14 @@ TILES = TileTable(
         "carries": Tile(num_warps=4, num_stages=1, blocks={"COLUMNS": 128}),
         "gradients": Tile(num_warps=4, num_stages=1, blocks={"ANGLES": 256}),
     },
-    tuned={"turns": {Key("sm_90", 2, 16): Tile(num_warps=4, num_stages=1, blocks={"ANGLES": 256})}},
+    tuned={
+        "turns": {_H100_HALF: Tile(num_warps=4, num_stages=1, blocks={"ANGLES": 256})},
+        "starts": {_H100_HALF: Tile(num_warps=4, num_stages=1, blocks={"COLUMNS": 128})},
+        "forward": {_H100_HALF: Tile(num_warps=1, num_stages=1, blocks={"PAIRS": 256, "VECTOR": 4})},
+        "backward": {_H100_HALF: Tile(num_warps=1, num_stages=1, blocks={"PAIRS": 256, "VECTOR": 4})},
+        "carries": {_H100_HALF: Tile(num_warps=4, num_stages=1, blocks={"COLUMNS": 128})},
+        "gradients": {_H100_HALF: Tile(num_warps=2, num_stages=1, blocks={"ANGLES": 256})},
+    },
 )
 
 # what `bench tune` tries
