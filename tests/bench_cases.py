@@ -19,9 +19,13 @@ class FakeClock:
 
     def __init__(self, tick: float = 0.0) -> None:
         self.now, self.flushes, self.tick = 0.0, 0, tick
+        self.leads: list[float] = []
 
     def spend(self, ms: float) -> None:
         self.now += ms
+
+    def lead(self, host_ms: float) -> None:
+        self.leads.append(host_ms)
 
     def flush(self) -> None:
         self.now += 1000  # must not count

@@ -99,6 +99,8 @@ def test_implementations_take_turns_and_medians_count() -> None:
     assert timed == ["a", "b"] * (len(timed) // 2)
     assert len(timed) == 2 * (1 + 10)  # one to learn how long a round takes, then as many as the budget holds
     assert clock.flushes == len(timed)
+    assert len(clock.leads) == 2  # how long the host takes for each
+    assert min(clock.leads) > 0
 
 
 @pytest.mark.parametrize(("ms", "rounds"), [(1e6, 7), (1e-6, 200)])

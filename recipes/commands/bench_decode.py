@@ -31,7 +31,7 @@ def run(argv: list[str]) -> int:
     numbers_of(heads=given.heads, dim=given.dim)
     batches = _batches(given.batches)
     machine = prepare(given)
-    clock = CudaClock(head_start=1)
+    clock = CudaClock(ahead=False)
     for batch in batches:
         shape = Shape(batch, 1, given.heads, given.dim, given.dim)
         problem = problems.delta_rule_step(given.mixer, shape, Draw("cuda")).to(dtype)

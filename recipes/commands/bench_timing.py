@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import math
 import statistics
 from collections.abc import Callable, Sequence
+from time import perf_counter
 from typing import Any, NamedTuple, Protocol
 
 import torch
@@ -12,10 +14,14 @@ from torch import Tensor
 FLUSH_BYTES = 256 * 2**20  # several times the last cache of any GPU so far
 WARM_UP = 3
 MIN_ROUNDS, MAX_ROUNDS = 7, 200
+MIN_LEAD, MAX_LEAD = 20, 200  # in tenths of a millisecond
 
 
 class Clock(Protocol):
     """Marks in the stream of what a device does."""
+
+    def lead(self, host_ms: float) -> None:
+        """A call to be timed keeps the host for so long."""
 
     def flush(self) -> None:
         """Empties the device's caches."""
@@ -37,16 +43,20 @@ class CudaClock:
     """CUDA events, and a buffer that is overwritten to empty the cache.
 
     Args:
-        head_start: how often it is overwritten, 0.1 ms each. Many times let the host get ahead of the device, as it is inside of a model; with
-            once, a call that takes the host longer than the device counts as what it takes the host.
+        ahead: the host gets ahead of the device, as it is inside of a model; without it a call that takes the host longer than the device counts as
+            what it takes the host.
     """
 
-    def __init__(self, head_start: int = 20) -> None:
+    def __init__(self, ahead: bool = True) -> None:
         self._buffer = torch.empty(FLUSH_BYTES, dtype=torch.int8, device="cuda")
-        self._head_start = head_start
+        self._ahead, self._times = ahead, 1
+
+    def lead(self, host_ms: float) -> None:
+        if self._ahead:  # each time that the buffer is overwritten takes the device a tenth of a millisecond
+            self._times = max(self._times, MIN_LEAD, min(MAX_LEAD, math.ceil(15 * host_ms)))
 
     def flush(self) -> None:
-        for _ in range(self._head_start):
+        for _ in range(self._times):
             self._buffer.zero_()
 
     def mark(self) -> torch.cuda.Event:
@@ -103,7 +113,9 @@ def in_turns(functions: Sequence[Callable[[], object]], clock: Clock, budget_ms:
     """The median time of each function, over rounds in which every one runs once, for about `budget_ms` in all."""
     for function in functions:
         for _ in range(WARM_UP):
+            started = perf_counter()
             function()
+        clock.lead(1e3 * (perf_counter() - started))
     one_round = sum(_once(functions, clock))
     rounds = min(MAX_ROUNDS, max(MIN_ROUNDS, int(budget_ms / max(one_round, 1e-3))))
     marks = []
