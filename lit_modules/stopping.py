@@ -30,6 +30,24 @@ class Stopped(Exception):  # noqa: N818 - no error
         self.signum = signum
 
 
+def leave_signals_to_parent(worker: int) -> None:  # noqa: ARG001 (what a DataLoader calls in its workers)
+    """Keeps a worker process alive while its parent finishes a step.
+
+    A terminal's Ctrl-C, `timeout` and schedulers send their signal to all processes of a job. Only what the parent itself sends ends the worker.
+    """
+    if not hasattr(signal, "sigwaitinfo"):  # macOS does not say who has sent a signal
+        signal.signal(signal.SIGINT, signal.SIG_IGN)
+        return
+    signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
+    threading.Thread(target=_await_parent, args=(os.getppid(),), daemon=True).start()
+
+
+def _await_parent(parent: int) -> None:
+    while signal.sigwaitinfo(SIGNALS).si_pid != parent:
+        pass
+    os._exit(0)
+
+
 @final
 class StopOnSignal(Callback):
     """Ends the training with `Stopped` after the optimizer step during which SIGTERM, SIGINT (Ctrl-C) or SIGUSR1 came, or within a validation.

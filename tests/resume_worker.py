@@ -11,11 +11,13 @@ import functools
 import hashlib
 import io
 import json
+import multiprocessing
 import os
 import random
 import resource
 import signal
 import socket
+import subprocess
 import sys
 import time
 from collections.abc import Callable
@@ -68,6 +70,7 @@ class Fault(NamedTuple):
     time: int
     what: int | str  # a signal, or full: from here on the disk is
     rank: int = 0
+    everyone: bool = False  # the signal is sent to the workers of the loader too, as a terminal or a scheduler does
 
 
 def inject(fault: Fault | None, rank: int, run: int) -> None:
@@ -82,6 +85,11 @@ def inject(fault: Fault | None, rank: int, run: int) -> None:
         if fault.what == "full":
             signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
             resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, resource.RLIM_INFINITY))
+        elif fault.everyone:
+            workers = [str(child.pid) for child in multiprocessing.active_children()]
+            assert workers
+            subprocess.run(["kill", f"-{fault.what}", *workers, str(os.getpid())], check=True)
+            time.sleep(0.3)  # a worker that the signal ends is seen now
         else:
             os.kill(os.getpid(), fault.what)
 
@@ -271,6 +279,10 @@ FAULTS = {
     "Ctrl-C": [Fault("micro_batch", 5, INT)],
     "disk full": [Fault("write", 4, "full")],
 }
+EVERYONE = {  # where the loader has a worker
+    "SIGTERM to all processes": [Fault("micro_batch", 7, TERM, everyone=True)],
+    "Ctrl-C to all processes": [Fault("micro_batch", 5, INT, everyone=True)],
+}
 TWO = {  # strategies of two processes, and what happens to one of them
     "ddp": {
         "SIGTERM to one of two": Fault("micro_batch", 3, TERM, 1),
@@ -287,12 +299,13 @@ SLURM = {"SLURM_NTASKS": "1", "SLURM_JOB_NAME": "train", "SLURM_JOB_ID": "77", "
 
 def one_process(root: Path, seed: int) -> None:
     draw = random.Random(seed)
-    for kind, settings, names in (("shards", [SHARDS], [*FAULTS]), ("text", [TEXT], [*FAULTS][:4])):
+    some = dict([*FAULTS.items()][:4])
+    for kind, settings, faults in (("shards", [SHARDS], FAULTS), ("text", [TEXT], some | EVERYONE)):
         whole = make(root / f"whole_{kind}", *settings)
         ran = fit(whole)
         say(f"{kind}: whole", codes=[ran.codes], said=[ran.said], rows=sorted(rows(whole)), steps=len(order(whole)))
-        for name in names:
-            cut(root, f"{kind}: {name}", whole, settings, *FAULTS[name])
+        for name, its in faults.items():
+            cut(root, f"{kind}: {name}", whole, settings, *its)
         for number in range(RANDOM):
             cut(root, f"{kind}: killed at random {number}", whole, settings, after=(draw.randint(1, 2 * STEPS - 1), draw.uniform(0, 0.03)))
 

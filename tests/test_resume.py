@@ -118,6 +118,16 @@ def test_pre_emption(results: dict[str, Result], what: str) -> None:
     assert "Traceback" not in result["said"][0]
 
 
+@pytest.mark.fault(
+    "pre-emption, or Ctrl-C in a terminal", "SIGTERM and SIGINT to the training and the worker of its loader", f"{NOTHING}; exit code 143 and 130"
+)
+@pytest.mark.parametrize(("what", "code"), [("SIGTERM", 143), ("Ctrl-C", 130)])
+def test_a_signal_to_all_processes(results: dict[str, Result], what: str, code: int) -> None:
+    result = results[f"text: {what} to all processes"]
+    exact(result, code)
+    assert "Traceback" not in result["said"][0]
+
+
 @pytest.mark.fault("Ctrl-C", "SIGINT in an accumulation", f"{NOTHING}; exit code 130")
 def test_ctrl_c(results: dict[str, Result]) -> None:
     exact(results["shards: Ctrl-C"], 130)

@@ -15,6 +15,7 @@ from torch.utils.data import DataLoader, Sampler
 
 from lit_modules.data.stream import TokenArray
 from lit_modules.data.windows import Batch, Packer, Windows
+from lit_modules.stopping import leave_signals_to_parent
 from mixers.errors import ConfigError
 
 STEP_TOKENS = "step_tokens"  # key of the tokens an optimizer step, in the state of the data
@@ -68,6 +69,7 @@ def _batches(windows: Windows, packer: Packer, micro_batches: MicroBatches, num_
         collate_fn=packer,
         num_workers=num_workers,
         pin_memory=torch.cuda.is_available(),
+        worker_init_fn=leave_signals_to_parent,
     )
     try:
         yield from loader
