@@ -87,8 +87,8 @@ def test_the_page_shows_the_newest_rows_and_a_plot(tmp_path: Path) -> None:
     assert text.count("| gdn2 | ours | 1 x 65,536 |") == 1
     assert "newer" in text
     assert "## One token of decoding, NVIDIA H100" in text
-    assert "(benchmarks_h100_80gb_hbm3.png)" in text
-    assert (tmp_path / "benchmarks_h100_80gb_hbm3.png").stat().st_size > 5000
+    assert "(benchmarks_h100_80gb_hbm3_16x128.png)" in text
+    assert (tmp_path / "benchmarks_h100_80gb_hbm3_16x128.png").stat().st_size > 5000
     total, lines = bench_plot.curves(bench_plot.newest(rows))
     assert total == 65536
     assert lines == {"gdn2, ours": [(1024, 2.0), (65536, 1.5)], "attention, torch sdpa": [(1024, 9.0), (65536, 9.0)]}

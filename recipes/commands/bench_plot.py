@@ -11,12 +11,14 @@ from recipes.commands import bench_rows
 from recipes.commands.arguments import Arguments
 from recipes.commands.bench_arguments import OUT
 from recipes.commands.bench_rows import Row
+from recipes.commands.problems import WIDTHS
 
 KINDS = {
     "op": "The ops",
     "layer": "Whole mixers, under autocast",
     "decode": "One token of decoding",
 }
+RECURRENCES = {*WIDTHS, "attention", "ssd", "siso"}
 INTRO = """# Benchmarks
 
 Written by `python -m recipes bench plot` from the rows in `benchmarks/`, which `python -m recipes bench op`, `layer` and `decode` add to. The
@@ -44,7 +46,7 @@ def run(argv: list[str]) -> int:
 
 
 def write(rows_folder: Path, page: Path) -> Path:
-    """The page, with one plot for each GPU that has rows of several lengths."""
+    """The page, with a plot for each GPU and size of heads that has rows of several lengths."""
     text = [INTRO]
     for kind, title in KINDS.items():
         by_gpu: dict[str, list[Row]] = defaultdict(list)
@@ -52,8 +54,7 @@ def write(rows_folder: Path, page: Path) -> Path:
             by_gpu[row.gpu].append(row)
         for gpu, rows in by_gpu.items():
             text += [f"\n## {title}, {gpu}\n"]
-            plot = page.with_name(f"benchmarks_{bench_rows.slug(gpu)}.png")
-            if kind == "op" and draw(rows, plot):
+            for plot in plots(rows, page.with_name(f"benchmarks_{bench_rows.slug(gpu)}.png")) if kind == "op" else []:
                 text += [f"\n![Forward and backward over the length of a sequence]({plot.name})\n"]
             text += ["\n", table(rows)]
     page.parent.mkdir(parents=True, exist_ok=True)
@@ -90,11 +91,21 @@ def table(rows: list[Row]) -> str:
     return "\n".join(lines) + "\n"
 
 
+def plots(rows: Iterable[Row], path: Path) -> list[Path]:
+    """Plots of what depends on the length of a sequence, one for each number and size of heads, named after `path`."""
+    sizes: dict[tuple[int, int], list[Row]] = defaultdict(list)
+    for row in rows:
+        if row.what in RECURRENCES:
+            sizes[row.heads, row.dk].append(row)
+    files = {path.with_stem(f"{path.stem}_{heads}x{dk}"): its for (heads, dk), its in sorted(sizes.items())}
+    return [file for file, its in files.items() if draw(its, file)]
+
+
 def curves(rows: Iterable[Row]) -> tuple[int, dict[str, list[tuple[int, float]]]]:
     """Tokens in all, and by implementation (length, forward + backward ms): of the number of tokens that has most lengths."""
     by_tokens: dict[int, dict[str, dict[int, float]]] = defaultdict(lambda: defaultdict(dict))
     for row in rows:
-        if row.fwd_bwd_ms and not row.what.endswith("+norm"):
+        if row.fwd_bwd_ms:
             by_tokens[row.batch * row.tokens][f"{row.what}, {row.impl}"][row.tokens] = float(row.fwd_bwd_ms)
     if not by_tokens:
         return 0, {}
@@ -123,7 +134,8 @@ def draw(rows: list[Row], path: Path) -> bool:
     axes.yaxis.set_major_formatter(FuncFormatter(lambda ms, _: f"{ms:g}"))
     for axis in (axes.xaxis, axes.yaxis):
         axis.set_minor_formatter(NullFormatter())
-    axes.set(xlabel=f"tokens in a sequence, {total:,} in all", ylabel="forward + backward, ms", title=rows[0].gpu)
+    title = f"{rows[0].gpu}, {rows[0].heads} heads of {rows[0].dk}"
+    axes.set(xlabel=f"tokens in a sequence, {total:,} in all", ylabel="forward + backward, ms", title=title)
     axes.grid(alpha=0.3, which="both")
     axes.legend(fontsize=8, loc="center left", bbox_to_anchor=(1, 0.5))
     figure.savefig(path, dpi=110, metadata={"Software": None})
