@@ -216,6 +216,9 @@ def inter(problem: Problem, chunks: dict[str, Tensor], scale: float, state: Tens
     names = ["HV", "K", "V", "C", "G", "B", "PACKED"]
     if hopper:
         from kernels.delta._gluon.state import state_kernel
+
+        if options["BV"] > 32:
+            options["STAGES"] = 2  # two states leave no room for a third buffer
     else:
         from kernels.delta._triton.state import state_kernel
 

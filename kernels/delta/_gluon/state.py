@@ -1,5 +1,5 @@
 """The serial pass over the chunks of a sequence (README.md, 2.3 to 2.5) on Hopper, for few sequences and heads: what one step waits for is two
-products; copies of the next chunks and the writing of results run beside them.
+products, Y S and Ktail^T R; the other two, copies of the next chunks and the writing of results run beside them.
 
 Shapes: C rows a chunk, HV value heads, K key size (64 or 128), V value size, BV value columns a program. Inputs are those of `_triton/solve.py`.
 """
@@ -25,6 +25,16 @@ def fetch_chunk(i, Y_s, U_s, P_s, Q_s, K_s, Y, U, P, Qg, Ktail, at, V: gl.conste
     fetch(K_s.index(i), Ktail + at * C * K, K)
 
 
+@gluon.jit
+def load_decay(gamma, at, G: gl.constexpr, K: gl.constexpr, M: gl.constexpr):
+    """The decay of a chunk: a number, or one a row of a state in layout M."""
+    if G == 2:
+        decay = gl.expand_dims(gl.load(gamma + at * K + gl.arange(0, K, layout=gl.SliceLayout(1, M))), 1)
+    else:
+        decay = gl.load(gamma + at)
+    return decay
+
+
 @gluon.jit(do_not_specialize=["tokens", "per_sequence"])
 def state_kernel(
     Y, U, P, Qg, Ktail, gamma, initial, first_chunk, starts, lengths, o, S_all, final, scale, tokens, per_sequence,
@@ -44,7 +54,7 @@ def state_kernel(
     whole = (sequence.to(gl.int64) * HV + head) * K * V + block * BV
     Y_s, Q_s, K_s = shared_tiles(dtype, C, K, STAGES), shared_tiles(dtype, C, K, STAGES), shared_tiles(dtype, C, K, STAGES)
     P_s, U_s = shared_tiles(dtype, C, C, STAGES), shared_tiles(dtype, C, BV, STAGES)
-    S_s, R_s = shared_tile(dtype, K, BV), shared_tile(dtype, C, BV)
+    S_2, R_s = shared_tiles(dtype, K, BV, 2), shared_tile(dtype, C, BV)  # a warp may store a state while another still multiplies by the one before
     for ahead in gl.static_range(STAGES - 1):
         if first + ahead < end:
             fetch_chunk(ahead, Y_s, U_s, P_s, Q_s, K_s, Y, U, P, Qg, Ktail, (first + ahead).to(gl.int64) * HV + head, V, B)
@@ -53,44 +63,46 @@ def state_kernel(
     if INITIAL:
         S = tile(initial + whole, K, V, K, BV, M)
     zero = gl.zeros([C, BV], gl.float32, layout=M)
-    keys = gl.arange(0, K, layout=gl.SliceLayout(1, M))
+    S_2.index(0).store(S.to(dtype))
+    last = gl.maximum(end - 1, 0)
+    if G:
+        next_decay = load_decay(gamma, gl.minimum(first, last).to(gl.int64) * HV + head, G, K, M)
     for chunk in range(first, end):
-        i = (chunk - first) % STAGES
+        n = chunk - first
+        i, S_s = n % STAGES, S_2.index(n % 2)
         start, rows = chunk_rows(chunk, starts, lengths, tokens, per_sequence, PACKED, C)
         at = chunk.to(gl.int64) * HV + head
-        if G == 2:
-            decay = gl.expand_dims(gl.load(gamma + at * K + keys), 1)
-        if G == 1:
-            decay = gl.load(gamma + at)
-        S_s.store(S.to(dtype))
+        if G:
+            decay = next_decay
+            next_decay = load_decay(gamma, gl.minimum(chunk + 1, last).to(gl.int64) * HV + head, G, K, M)
         async_copy.wait_group(STAGES - 2)
         fence_async_shared()
         barrier()  # this chunk has come; every warp has left the one before
-        o_c = warpgroup_mma(Q_s.index(i), S_s, zero, use_acc=False, is_async=True)
         if B:
             R = warpgroup_mma(Y_s.index(i), S_s, zero, use_acc=False, is_async=True)
+        o_S = warpgroup_mma(Q_s.index(i), S_s, zero, use_acc=False, is_async=True)
         if chunk + (STAGES - 1) < end:
-            then = (chunk - first + (STAGES - 1)) % STAGES
+            then = (n + (STAGES - 1)) % STAGES
             fetch_chunk(then, Y_s, U_s, P_s, Q_s, K_s, Y, U, P, Qg, Ktail, (chunk + (STAGES - 1)).to(gl.int64) * HV + head, V, B)
         async_copy.commit_group()
         if SAVE:
             gl.store(S_all + at * K * V + offsets(K, BV, V, COPY), S_s.load(COPY))
         R_d = U_s.index(i).load(M)
         if B:
-            R, o_c = warpgroup_mma_wait(0, deps=(R, o_c))
+            R = warpgroup_mma_wait(1, deps=(R,))
             R_d = (R_d.to(gl.float32) - R).to(dtype)
-        else:
-            o_c = warpgroup_mma_wait(0, deps=(o_c,))
         R_s.store(R_d)
         fence_async_shared()
         barrier()
-        o_c = o_c * scale
         if G:
             S = S * decay
         S = warpgroup_mma(K_s.index(i).permute((1, 0)), R_s, S, is_async=True)
-        o_c = warpgroup_mma(P_s.index(i), R_s, o_c, is_async=True)
+        o_R = warpgroup_mma(P_s.index(i), R_s, zero, use_acc=False, is_async=True)
         if SAVE and B:
             gl.store(U + at * C * V + offsets(C, BV, V, COPY), R_s.load(COPY))
-        S, o_c = warpgroup_mma_wait(0, deps=(S, o_c))
+        S, o_S = warpgroup_mma_wait(1, deps=(S, o_S))
+        S_2.index((n + 1) % 2).store(S.to(dtype))
+        o_R = warpgroup_mma_wait(0, deps=(o_R,))
+        o_c = o_S * scale + o_R
         gl.store(o + start * S_O + offsets(C, BV, S_O, M), o_c.to(dtype), mask=within(rows, C, BV, M))
     gl.store(final + whole + offsets(K, BV, V, M), S)
