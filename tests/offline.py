@@ -148,7 +148,7 @@ def problem_of(check: checks.Check, size: int) -> Problem:
 
 
 def representative(found: Iterable[Compilation]) -> list[Compilation]:
-    """For every kernel and tile the launch of the widest numbers with the largest compile-time sizes; on Hopper and data-centre Blackwell, whose
+    """For every kernel and tile (warps, stages and blocks) the launch of the widest numbers with the largest compile-time sizes; on Hopper and data-centre Blackwell, whose
     tensor cores take 16-bit numbers in another way, one of each width."""
 
     def width(compilation: Compilation) -> int:
@@ -158,10 +158,14 @@ def representative(found: Iterable[Compilation]) -> list[Compilation]:
     def sizes(compilation: Compilation) -> int:
         return prod(value for value in compilation.constants.values() if isinstance(value, int) and value > 0)
 
-    groups: dict[tuple[str, int, int, int], Compilation] = {}
+    def blocks(compilation: Compilation) -> tuple[Any, ...]:
+        named = {compilation.kernel.arg_names[path[0]]: value for path, value in compilation.constants.items()}
+        return tuple(named.get(name) for name in ("BK", "BV", "BLOCK"))
+
+    groups: dict[tuple[Any, ...], Compilation] = {}
     for one in sorted(found, key=lambda one: (width(one), sizes(one))):
         apart = width(one) if one.architecture in ("sm_90", "sm_100") else 0
-        groups[one.kernel.__name__, apart, one.options["num_warps"], one.options["num_stages"]] = one
+        groups[one.kernel.__name__, apart, one.options["num_warps"], one.options["num_stages"], blocks(one)] = one
     return list(groups.values())
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from argparse import Namespace
 from pathlib import Path
 
@@ -62,7 +63,7 @@ def prepare(given: Namespace) -> bench_rows.Machine:
     Raises:
         ConfigError: there is no GPU, or the budget is no time.
     """
-    if not given.budget_ms > 0:
-        raise ConfigError(f"budget_ms: must be > 0, got {given.budget_ms:g}")
+    if not 0 < given.budget_ms < math.inf:
+        raise ConfigError(f"budget_ms: must be > 0 and finite, got {given.budget_ms:g}")
     needs_gpu()
     return bench_rows.this_machine(given.commit)

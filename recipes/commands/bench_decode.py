@@ -35,7 +35,10 @@ def run(argv: list[str]) -> int:
     for batch in batches:
         shape = Shape(batch, 1, given.heads, given.dim, given.dim)
         problem = problems.delta_rule_step(given.mixer, shape, Draw("cuda")).to(dtype)
-        errors = problems.errors(problems.run(problem, problems.call(problem)), checks.oracle(problem))
+        try:
+            errors = problems.errors(problems.run(problem, problems.call(problem, "triton")), checks.oracle(problem))
+        except NotImplementedError as error:
+            raise ConfigError(f"{given.mixer} step, {given.heads} heads of {given.dim}: no figure: {error}") from error
         if not max(errors.values()) <= checks.TOLERANCE[dtype]:
             print(f"{given.mixer} step, batch {batch}: no figure: errors {errors}", flush=True)
             return 1
@@ -55,7 +58,7 @@ def run(argv: list[str]) -> int:
 
 def implementations(mixer: str, fla: bool) -> dict[str, Step]:
     """One step each, on the arguments of `delta_rule_step`."""
-    found: dict[str, Step] = {OURS: lambda leaves: delta_rule_step(**leaves)}  # type: ignore[arg-type]
+    found: dict[str, Step] = {OURS: lambda leaves: delta_rule_step(**leaves, backend="triton")}  # type: ignore[arg-type]
     peer = bench_peers.fla_step(mixer) if fla else None
     if peer is not None:
         name, function = peer

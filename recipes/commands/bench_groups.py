@@ -84,12 +84,17 @@ def _delta(mixer: str, shape: Shape, dtype: torch.dtype, baselines: Sequence[str
         given = normed(given, backend) if raw else given
         return function(**given, **({"w": given["b"]} if shared else {}))[0]
 
-    ours, in_float64 = partial(recurrence, delta_rule, "auto"), partial(recurrence, chunkwise, "reference")
+    ours, in_float64 = partial(recurrence, delta_rule, kernels_on(device)), partial(recurrence, chunkwise, "reference")
     what = f"{mixer}+norm" if raw else mixer
     found = peers.fla_delta(mixer, norm_in_kernel=raw) if "fla" in baselines else None
     implementations: list[peers.Peer] = [(OURS, ours), *([found] if found else [])]
     entries = [Entry(what, name, function, _leaves(leaves), (problem.cotangents["o"],)) for name, function in implementations]
     return Group(entries, in_float64, tuple({0, shape.heads - 1}))
+
+
+def kernels_on(device: str) -> Requested:
+    """The backend whose time is ours: the kernels by name, so that what they refuse gets no figure; on a CPU, which gets none, whatever runs."""
+    return "auto" if device == "cpu" else "triton"
 
 
 def share_gate(mixer: str, leaves: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], bool]:
@@ -120,7 +125,7 @@ def _group(problem: Problem, what: str, op: Function, found: list[peers.Peer], k
     """An op whose arguments are the problem's; `keep` names options."""
     options = {name: problem.options[name] for name in keep}
     cotangents = tuple(problem.cotangents.values())
-    ours = _outputs(op, options, "auto")
+    ours = _outputs(op, options, kernels_on(cotangents[0].device.type))
     entries = [Entry(what, OURS, ours, _leaves(problem.leaves), cotangents)]
     entries += [Entry(what, name, function, _leaves(problem.leaves), cotangents) for name, function in found]
     return Group(entries, _outputs(op, options, "reference"))
@@ -183,7 +188,10 @@ def _ssd(shape: Shape, dtype: torch.dtype, device: str, mamba: bool) -> Group:
     def theirs(x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor) -> Any:
         return mamba_ssm.ssd(C, B, x, dt, A, None, None)[0]
 
-    found: list[peers.Peer] = [(OURS, partial(with_op, delta_rule)), *([(peers.mamba_ssm_version(), theirs)] if mamba else [])]
+    found: list[peers.Peer] = [
+        (OURS, partial(with_op, partial(delta_rule, backend=kernels_on(device)))),
+        *([(peers.mamba_ssm_version(), theirs)] if mamba else []),
+    ]
     leaves = {"x": x, "dt": dt, "A": A, "B": B, "C": C}
     return Group([Entry("ssd", name, run, _leaves(leaves), (o,)) for name, run in found], partial(with_op, chunkwise), (), frozenset({"A"}))
 

@@ -263,5 +263,5 @@ def variants() -> list[Variant]:
     """The list for where the tests run."""
     if not ON_GPU:
         return _small_variants()
-    extremes = [variant for dtype in (torch.float32, torch.bfloat16) for variant in _extreme_variants(dtype)]
+    extremes = [variant for dtype in (torch.float32, torch.bfloat16, torch.float16) for variant in _extreme_variants(dtype)]
     return extremes + _pairwise_variants()  # long ones first: the processes that run them end together
