@@ -148,8 +148,8 @@ def problem_of(check: checks.Check, size: int) -> Problem:
 
 
 def representative(found: Iterable[Compilation]) -> list[Compilation]:
-    """For every kernel and tile (warps, stages and blocks) the launch of the widest numbers with the largest compile-time sizes; on Hopper and data-centre Blackwell, whose
-    tensor cores take 16-bit numbers in another way, one of each width."""
+    """For every kernel and tile (warps, stages and blocks) the launch of the widest numbers with the largest compile-time sizes; on Hopper and
+    data-centre Blackwell, whose tensor cores take 16-bit numbers in another way, one of each width."""
 
     def width(compilation: Compilation) -> int:
         first = next(t for t in compilation.signature.values() if t.startswith("*"))

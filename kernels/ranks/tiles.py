@@ -23,6 +23,8 @@ TILES = TileTable(
             Key("sm_90", 2, 1): Tile(num_warps=2, num_stages=1, blocks={"TILE": 512, "RANKED": 512, "STEPS": 128}),
             Key("sm_90", 2, 4): Tile(num_warps=2, num_stages=1, blocks={"TILE": 512, "RANKED": 512, "STEPS": 64}),
         },
+        "ranks_forward": {Key("sm_90", 2, 4): Tile(num_warps=4, num_stages=1, blocks={"TILE": 512, "RANKED": 4096, "STEPS": 2})},
+        "ranks_backward": {Key("sm_90", 2, 4): Tile(num_warps=4, num_stages=1, blocks={"TILE": 512, "RANKED": 4096, "STEPS": 128})},
     },
 )
 

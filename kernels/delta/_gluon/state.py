@@ -28,7 +28,7 @@ def fetch_chunk(i, Y_s, U_s, P_s, Q_s, K_s, Y, U, P, Qg, Ktail, at, V: gl.conste
 @gluon.jit
 def load_decay(gamma, at, G: gl.constexpr, K: gl.constexpr, M: gl.constexpr):
     """The decay of a chunk: a number, or one a row of a state in layout M."""
-    if G == 2:
+    if G == 2:  # noqa: SIM108 (a conditional expression would compile both)
         decay = gl.expand_dims(gl.load(gamma + at * K + gl.arange(0, K, layout=gl.SliceLayout(1, M))), 1)
     else:
         decay = gl.load(gamma + at)
