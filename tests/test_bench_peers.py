@@ -126,7 +126,7 @@ def test_decode_steps_agree(mixer: str, monkeypatch: pytest.MonkeyPatch) -> None
     problem = problems.delta_rule_step(mixer, Shape(3, 1, 2, 16, 16), Draw()).to(torch.float32)
     if mixer == "kda":
         problem.leaves["w"] = problem.leaves["b"]
-    steps = bench_decode.implementations(mixer, fla=True)
+    steps = bench_decode.implementations(mixer, fla=True, device="cpu")
     assert list(steps) == ["ours", "fla 0", "copy of the state"]
     leaves = dict(problem.leaves)
     expected, _ = steps["ours"](leaves)

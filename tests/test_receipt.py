@@ -301,6 +301,8 @@ def test_every_section_is_compared(runs: dict[str, Path]) -> None:
         (None, "does not exist (legal: a run folder, or its receipt.json)"),
         ("no json", "is no receipt: it is not valid JSON"),
         ("[1]", "is no receipt that this version can read (it needs receipt: 1, has list)"),
+        ('{"receipt": 1}', "is no whole receipt: config, data, outcome is missing"),
+        ('{"receipt": 1, "config": {}, "data": {}, "outcome": {}}', "is no whole receipt: config.sha256 is missing"),
         ('{"receipt": 2}', "is no receipt that this version can read (it needs receipt: 1, has 2)"),
     ],
 )

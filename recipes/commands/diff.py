@@ -110,7 +110,7 @@ def compare_losses(a: Mapping[int, float], b: Mapping[int, float]) -> tuple[list
     """What metrics.csv of two runs say about train/loss, and whether it is the same wherever both have it."""
     common = sorted(a.keys() & b.keys())
     if not common:
-        return [], True
+        return ["train/loss: not compared: no step has a loss in both runs"], True
     for step in common:
         if a[step] != b[step] and not (a[step] != a[step] and b[step] != b[step]):  # NaN is the same as NaN
             return [f"train/loss: differs first at step {step:,}: a {a[step]!r}, b {b[step]!r} ({b[step] - a[step]:+.3g})"], False
@@ -133,5 +133,7 @@ def _losses(file: Path) -> dict[int, float]:
     try:
         with file.open(encoding="utf-8", newline="") as table:
             return {int(row["step"]): float(row["train/loss"]) for row in csv.DictReader(table) if row.get("train/loss")}
+    except OSError as error:
+        raise ConfigError(f"{file}: cannot be read: {error.strerror or error}") from error
     except (ValueError, KeyError, UnicodeDecodeError, csv.Error) as error:
         raise ConfigError(f"{file}: is not a table of metrics: {' '.join(str(error).split())}") from error

@@ -30,6 +30,7 @@ from recipes.commands.cli import MixersCLI
 from recipes.commands.run_folder import CONFIG, RECEIPT
 
 FORMAT = 1
+PARTS = ("config", "data", "outcome")  # without which two receipts cannot be compared
 PACKAGES = ("lightning-mixers", "torch", "lightning", "torchmetrics", "jsonargparse", "numpy")
 EXTRAS = ("mamba-ssm", "datasets", "pyarrow", "sentencepiece", "tokenizers")
 # variables that decide which algorithm, precision, order of sums or device is used
@@ -57,6 +58,9 @@ def read_receipt(path: str | Path, key: str) -> dict[str, Any]:
     if not isinstance(content, dict) or content.get("receipt") != FORMAT:
         found = content.get("receipt") if isinstance(content, dict) else type(content).__name__
         raise ConfigError(f"{key}: {file} is no receipt that this version can read (it needs receipt: {FORMAT}, has {found})")
+    lost = [part for part in PARTS if not isinstance(content.get(part), dict)]
+    if lost or "sha256" not in content["config"]:
+        raise ConfigError(f"{key}: {file} is no whole receipt: {', '.join(lost) or 'config.sha256'} is missing")
     return content
 
 
