@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from importlib.util import find_spec
 from typing import Literal, get_args
 
@@ -45,7 +47,7 @@ def resolve(op: str, requested: str, device: torch.device, refusal: str | None =
         return "reference"
     why = why_not(op, device) or refusal
     if requested == "auto":
-        return "reference" if why or device.type == "cpu" else "triton"
+        return "reference" if why or (device.type == "cpu" and not _as_on_gpu) else "triton"
     if why:
         raise NotImplementedError(f"{op}: backend='triton' cannot run: {why}; use backend='auto' or 'reference'")
     return "triton"
@@ -55,9 +57,25 @@ def why_not(op: str, device: torch.device) -> str | None:
     """Why `op` has no kernel for `device` whatever its arguments; None if it has."""
     if op not in TRITON_OPS:
         return "this version has no Triton kernel for it"
+    if _as_on_gpu:
+        return None
     if device.type != "cuda" and not (device.type == "cpu" and interpreted()):
         return f"tensors are on {device.type}"
     return None if HAS_TRITON else "Triton is not installed (pip install triton)"
+
+
+_as_on_gpu = False
+
+
+@contextmanager
+def as_on_gpu() -> Iterator[None]:
+    """Inside, ops resolve as for a GPU: for tensors that hold nothing (`FakeTensorMode`), of which only sizes are asked."""
+    global _as_on_gpu
+    _as_on_gpu, before = True, _as_on_gpu
+    try:
+        yield
+    finally:
+        _as_on_gpu = before
 
 
 _interpreted: bool | None = None

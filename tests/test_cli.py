@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import os
 import re
 import subprocess
@@ -233,13 +234,43 @@ def test_preflight_knows_the_state() -> None:
 def test_preflight_memory() -> None:
     lm = make_plan(MixersCLI("preflight", collect(["--config=small.yaml"])).config, needs_tokenizer=True).model.lm
     numbers = sum(p.numel() for p in lm.parameters())
-    full, mixed, true = (training_memory(lm, 64, PRECISIONS[name]) for name in ("32-true", "bf16-mixed", "bf16-true"))
+    full, mixed, true = (training_memory(lm, (2, 32), PRECISIONS[name]) for name in ("32-true", "bf16-mixed", "bf16-true"))
     assert (full.weights, full.gradients, full.optimizer, full.copies) == (4 * numbers, 4 * numbers, 8 * numbers, 0)
     assert mixed.weights == full.weights
     assert mixed.copies > 0
     assert mixed.activations < full.activations
     fp32 = sum(p.numel() for name, p in lm.named_parameters() if name in lm.parameter_groups().fp32)
     assert true.weights == 2 * numbers + 2 * fp32
+
+
+def seen_peaks() -> dict[str, tuple[tuple[int, int], float]]:
+    """Shape of a micro-batch and highest peak memory in GiB of each training whose figures are in docs/benchmarks."""
+    found: dict[str, tuple[tuple[int, int], float]] = {}
+    for file in sorted((Path(__file__).parents[1] / "docs" / "benchmarks").glob("train_*.csv")):
+        with file.open(encoding="utf-8", newline="") as table:
+            for row in csv.DictReader(table):
+                peak = max(float(row["peak_memory_gib"] or 0), found.get(row["recipe"], ((0, 0), 0.0))[1])
+                found[row["recipe"]] = (int(row["batch"]), int(row["seq_len"])), peak
+    return found
+
+
+@pytest.mark.parametrize("recipe", seen_peaks())
+def test_preflight_memory_beside_what_was_seen(recipe: str) -> None:
+    shape, peak = seen_peaks()[recipe]
+    lm = make_plan(MixersCLI("preflight", collect([f"--config={recipe}"])).config, needs_tokenizer=False).model.lm
+    estimate = training_memory(lm, shape, PRECISIONS["bf16-mixed"]).total / 2**30
+    assert peak < estimate < 1.05 * peak
+
+
+@pytest.mark.usefixtures("here")
+def test_preflight_memory_of_a_mixer_that_looks_at_values(monkeypatch: pytest.MonkeyPatch) -> None:
+    lm = make_plan(MixersCLI("preflight", collect(["--config=small.yaml"])).config, needs_tokenizer=True).model.lm
+    counted = training_memory(lm, (2, 32), PRECISIONS["32-true"])
+    for mixer in lm.mixers():
+        monkeypatch.setattr(mixer, "forward", lambda x, state, cu_seqlens: (x * float(x.detach().sum()), state))  # noqa: ARG005
+    roughly = training_memory(lm, (2, 32), PRECISIONS["32-true"])
+    assert roughly._replace(activations=counted.activations) == counted
+    assert 0 < roughly.activations < counted.activations
 
 
 # --- errors of the parser ---

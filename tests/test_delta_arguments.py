@@ -206,6 +206,11 @@ def test_backend_is_a_constant_of_its_arguments(monkeypatch: pytest.MonkeyPatch)
         backend.resolve("some_op", "triton", cpu)
     with pytest.raises(NotImplementedError, match="this version has no Triton kernel for it"):
         backend.resolve("another_op", "triton", cuda)
+    with backend.as_on_gpu():
+        assert [backend.resolve("some_op", name, cpu) for name in ("auto", "triton", "reference")] == ["triton", "triton", "reference"]
+        assert backend.resolve("some_op", "auto", cpu, "float64 has no kernel") == "reference"
+        assert backend.resolve("another_op", "auto", cpu) == "reference"
+    assert backend.resolve("some_op", "auto", cpu) == "reference"
 
 
 def test_every_message_is_met() -> None:

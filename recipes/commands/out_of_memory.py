@@ -28,7 +28,7 @@ def explain(plan: Plan, error: BaseException, *, sharded: bool) -> str | None:
 
 def memory_of(plan: Plan, *, sharded: bool) -> sizes.Memory:
     """The estimate for one device."""
-    memory = sizes.training_memory(plan.model.lm, plan.micro_batch, sizes.precision_of(plan.precision))
+    memory = sizes.training_memory(plan.model.lm, (plan.data.batch_size, plan.data.seq_len), sizes.precision_of(plan.precision))
     shares = plan.replicas if sharded else 1
     return memory._replace(**{part: getattr(memory, part) // shares for part in ("weights", "gradients", "optimizer", "copies")})
 

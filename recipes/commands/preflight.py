@@ -79,7 +79,7 @@ def parts_table(lm: DecoderLM) -> Table:
 
 def memory_table(plan: Plan) -> Table:
     """The estimate of a device's memory."""
-    memory = sizes.training_memory(plan.model.lm, plan.micro_batch, sizes.precision_of(plan.precision))
+    memory = sizes.training_memory(plan.model.lm, (plan.data.batch_size, plan.data.seq_len), sizes.precision_of(plan.precision))
     table = _table(f"Memory for training in {plan.precision}, roughly", ["what"], ["on one device, unsharded"])
     for what, number in memory._asdict().items():
         table.add_row(what, sizes.bytes_text(number))

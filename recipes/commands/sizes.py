@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from typing import NamedTuple, cast
 
 import torch
-from torch import nn
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.autograd.graph import saved_tensors_hooks
+from torch.func import functional_call
 
+from kernels.backend import as_on_gpu
 from lit_modules.decoder_lm import Block, DecoderLM
 
 ASSUMED_MFU = 0.4  # what a cost in GPU-hours is told for; a run logs its own
@@ -71,7 +76,7 @@ class Memory(NamedTuple):
     gradients: int
     optimizer: int
     copies: int  # of the matrices in the precision of the computation, under *-mixed
-    activations: int  # roughly: what the layers keep for the backward pass
+    activations: int  # what the layers keep for the backward pass
     logits: int  # with their softmax and its gradient
 
     @property
@@ -79,22 +84,59 @@ class Memory(NamedTuple):
         return sum(self)
 
 
-def training_memory(lm: DecoderLM, tokens: int, precision: Precision) -> Memory:
-    """An estimate for micro-batches of `tokens` tokens under AdamW, without what kernels and allocator need in between."""
+def training_memory(lm: DecoderLM, shape: tuple[int, int], precision: Precision) -> Memory:
+    """An estimate for micro-batches of `shape` (sequences, tokens of each) on a GPU under AdamW, without what kernels need in between."""
+    tokens = shape[0] * shape[1]
     fp32 = lm.parameter_groups().fp32
     stored = sum(p.numel() * (max(4, precision.stored) if name in fp32 else precision.stored) for name, p in lm.named_parameters())
     matrices = sum(count(m) for m in lm.modules() if isinstance(m, nn.Linear))
-    kept = sum(m.out_features for block in lm.layers for m in block.modules() if isinstance(m, nn.Linear))
-    kept += 6 * lm.settings["d_model"] * len(lm.layers)  # both norms' inputs and outputs, both sums
     logits = lm.settings["vocab_size"] * (precision.computed + 2 * max(4, precision.computed))  # logits, softmax, its gradient
     return Memory(
         weights=stored,
         gradients=stored,
         optimizer=2 * stored,
         copies=matrices * precision.computed if precision.computed < precision.stored else 0,
-        activations=tokens * kept * precision.computed,
+        activations=kept_by_layers(lm, shape, precision),
         logits=tokens * logits,
     )
+
+
+def kept_by_layers(lm: DecoderLM, shape: tuple[int, int], precision: Precision) -> int:
+    """Bytes that the layers keep for the backward pass of a micro-batch: counted, for one layer of each mixer."""
+    of_mixer: dict[str, int] = {}
+    for name, block in zip(lm.layer_names, cast(list[Block], list(lm.layers)), strict=True):
+        if name not in of_mixer:
+            try:
+                # what does not grow with the batch are the weights' copies in another precision
+                of_mixer[name] = saved_bytes(block, lm, (2 * shape[0], shape[1]), precision) - saved_bytes(block, lm, shape, precision)
+            except Exception:  # somebody's mixer that looks at values, say: what its products give, and both norms' inputs and outputs and both sums
+                features = sum(m.out_features for m in block.modules() if isinstance(m, nn.Linear)) + 6 * lm.settings["d_model"]
+                of_mixer[name] = shape[0] * shape[1] * features * precision.computed
+    return sum(of_mixer[name] for name in lm.layer_names)
+
+
+def saved_bytes(block: Block, lm: DecoderLM, shape: tuple[int, int], precision: Precision) -> int:
+    """Bytes of all that autograd saves in the forward pass of a block, its parameters apart, on tensors that hold nothing."""
+    stored = {2: torch.bfloat16, 4: torch.float32, 8: torch.float64}[precision.stored]
+    mixed = precision.computed < precision.stored
+    fp32, of_block = lm.parameter_groups().fp32, next(name for name, module in lm.named_modules() if module is block)
+    kept: dict[int, Tensor] = {}  # one of each storage, alive so that no other takes its place
+
+    def pack(x: Tensor) -> Tensor:
+        kept[x.untyped_storage()._cdata] = x
+        return x
+
+    with FakeTensorMode(allow_non_fake_inputs=True), as_on_gpu():
+        own = {}
+        for name, x in [*block.named_parameters(), *block.named_buffers()]:
+            dtype = torch.float32 if f"{of_block}.{name}" in fp32 and precision.stored < 4 else stored if x.is_floating_point() else x.dtype
+            own[name] = torch.empty(x.shape, dtype=dtype, requires_grad=x.requires_grad)
+        x = torch.empty(*shape, lm.settings["d_model"], dtype=stored, requires_grad=True)
+        with saved_tensors_hooks(pack, lambda x: x), torch.autocast("cpu", dtype=torch.bfloat16) if mixed else nullcontext():
+            functional_call(block, own, (x, None, None))
+        for parameter in own.values():
+            kept.pop(parameter.untyped_storage()._cdata, None)
+        return sum(x.untyped_storage().nbytes() for x in kept.values())
 
 
 def gpu_hours(flops: float, peak: float, mfu: float = ASSUMED_MFU) -> float:
