@@ -23,7 +23,7 @@ from recipes.commands.bench_timing import Entry, in_turns, time_entries
 # --- the command line ---
 
 REFUSED = {
-    "nothing": ([], ["legal: op, layer, decode, tune, plot"]),
+    "nothing": ([], ["legal: op, layer, decode, train, tune, plot"]),
     "option first": (["--shapes", "1x1"], ["say what to time first"]),
     "unknown benchmark": (["ops"], ["unknown benchmark 'ops'", "did you mean 'op'"]),
     "op without a GPU": (["op"], ["bench: needs a GPU", "python -m recipes doctor"]),
@@ -63,7 +63,7 @@ def test_refused_in_one_line(case: str, monkeypatch: pytest.MonkeyPatch, capsys:
     assert all(word in line for word in words), line
 
 
-@pytest.mark.parametrize("what", ["op", "layer", "decode", "tune", "plot"])
+@pytest.mark.parametrize("what", ["op", "layer", "decode", "train", "tune", "plot"])
 def test_help(what: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["bench", "--help"]) == 0
     assert f"\n  {what} " in capsys.readouterr().out

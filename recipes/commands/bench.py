@@ -1,4 +1,4 @@
-"""`bench`: how fast the ops, a layer and decoding are on this GPU, beside other implementations; what tiles are fast; plots of the rows."""
+"""`bench`: how fast ops, layers, decoding and trainings are on this GPU, beside other implementations; what tiles are fast; plots of rows."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ COMMANDS = {
     "op": ("bench_ops", "the ops, forward and backward"),
     "layer": ("bench_layer", "whole mixers under autocast"),
     "decode": ("bench_decode", "a decode step, in a CUDA graph and eager, beside a copy of the state"),
+    "train": ("bench_train", "whole trainings, tokens a second, on one device and on several"),
     "tune": ("bench_tune", "candidates for the rows of a tile table"),
     "plot": ("bench_plot", "docs/benchmarks.md and its plots from the rows"),
 }

@@ -5,12 +5,14 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Iterable
 from pathlib import Path
+from typing import Any
 
 from mixers.errors import ConfigError
 from recipes.commands import bench_rows
 from recipes.commands.arguments import Arguments
 from recipes.commands.bench_arguments import OUT
 from recipes.commands.bench_rows import Row
+from recipes.commands.bench_train import TRAINING, Training
 from recipes.commands.problems import WIDTHS
 
 KINDS = {
@@ -25,7 +27,8 @@ Written by `python -m recipes bench plot` from the rows in `benchmarks/`, which 
 newest row of each implementation and shape is shown. Implementations that stand together were timed in one process on the same tensors, in turns,
 with cold caches; times are medians. A kernel whose results at a shape are not those of the float64 reference gets no row. `gdn2` begins with
 normalised queries and keys; `gdn2+norm` begins with raw ones and times each side's own norm with the op. The host runs ahead of the GPU, as inside
-of a model: a time is that of the GPU. Only `decode` includes waiting for the host, in its eager rows.
+of a model: a time is that of the GPU. Only `decode` includes waiting for the host, in its eager rows. Whole trainings (`bench train`) are `fit`,
+one after the other on one machine: tokens a second are those of all devices together.
 """
 NOTHING = "\nNo rows yet: they are measured on a GPU.\n"
 
@@ -57,6 +60,11 @@ def write(rows_folder: Path, page: Path) -> Path:
             for plot in plots(rows, page.with_name(f"benchmarks_{bench_rows.slug(gpu)}.png")) if kind == "op" else []:
                 text += [f"\n![Forward and backward over the length of a sequence]({plot.name})\n"]
             text += ["\n", table(rows)]
+    trainings: dict[str, dict[tuple[Any, ...], Training]] = defaultdict(dict)
+    for training in bench_rows.read(rows_folder, TRAINING, Training):
+        trainings[training.gpu][training[:6]] = training  # the newest
+    for gpu, of_gpu in trainings.items():
+        text += [f"\n## Whole trainings, {gpu}\n\n", trainings_table(of_gpu.values())]
     page.parent.mkdir(parents=True, exist_ok=True)
     page.write_text("".join([*text, NOTHING] if len(text) == 1 else text), encoding="utf-8")
     return page
@@ -88,6 +96,30 @@ def table(rows: list[Row]) -> str:
         sizes = (f"{row.batch} x {row.tokens:,}", row.heads, f"{row.dk}, {row.dv}", row.dtype)
         cells = (row.what, row.impl, *sizes, row.fwd_ms, row.fwd_bwd_ms, row.extra_mib, row.first_call_s, versions)
         lines.append(f"| {' | '.join(map(str, cells))} |")
+    return "\n".join(lines) + "\n"
+
+
+def trainings_table(rows: Iterable[Training]) -> str:
+    """Trainings as Markdown, in the order in which they were run first."""
+    names = (
+        "recipe",
+        "strategy",
+        "GPUs",
+        "batch x tokens, micro-batches a step",
+        "tokens/s",
+        "ratio",
+        "TFLOP/s a GPU",
+        "MFU",
+        "memory GiB",
+        "versions",
+    )
+    lines = [f"| {' | '.join(names)} |", f"|{'---|' * len(names)}"]
+    for row in rows:
+        versions = f"torch {row.torch}, triton {row.triton}, {row.commit}, {row.date}"
+        shape = f"{row.batch} x {row.seq_len:,}, {row.accumulate}"
+        mfu = f"{float(row.mfu):.1%}" if row.mfu else ""
+        speed = (f"{float(row.tokens_per_second):,.0f}", row.ratio, row.tflops_per_second, mfu, row.peak_memory_gib)
+        lines.append(f"| {' | '.join(map(str, (row.recipe, row.strategy, row.devices, shape, *speed, versions)))} |")
     return "\n".join(lines) + "\n"
 
 

@@ -78,8 +78,8 @@ def slug(gpu: str) -> str:
     return re.sub(r"[^a-z0-9]+", "_", gpu.lower().replace("nvidia", "")).strip("_")
 
 
-def append(folder: Path, kind: str, rows: Iterable[Row]) -> Path | None:
-    """Adds rows to the file of their kind and GPU; None if there are none.
+def append(folder: Path, kind: str, rows: Iterable[Any]) -> Path | None:
+    """Adds rows, NamedTuples of one class that end as `Machine`, to the file of their kind and GPU; None if there are none.
 
     Raises:
         ConfigError: the file has other columns, or cannot be written.
@@ -87,29 +87,29 @@ def append(folder: Path, kind: str, rows: Iterable[Row]) -> Path | None:
     rows = list(rows)
     if not rows:
         return None
-    path = folder / f"{kind}_{slug(rows[0].gpu)}.csv"
+    path, columns = folder / f"{kind}_{slug(rows[0].gpu)}.csv", rows[0]._fields
     try:
         folder.mkdir(parents=True, exist_ok=True)
         new = not path.exists()
-        if not new and path.read_text(encoding="utf-8").partition("\n")[0] != ",".join(Row._fields):
-            raise ConfigError(f"out: {path} has other columns than {', '.join(Row._fields)}")
+        if not new and path.read_text(encoding="utf-8").partition("\n")[0] != ",".join(columns):
+            raise ConfigError(f"out: {path} has other columns than {', '.join(columns)}")
         with path.open("a", newline="", encoding="utf-8") as file:
             writer = csv.writer(file, lineterminator="\n")
-            writer.writerows([Row._fields] if new else [])
+            writer.writerows([columns] if new else [])
             writer.writerows(rows)
     except OSError as error:
         raise ConfigError(f"out: {path} cannot be written: {error.strerror}") from error
     return path
 
 
-def read(folder: Path, kind: str) -> list[Row]:
-    """The rows of a kind of all GPUs, the newest last."""
-    rows: list[Row] = []
+def read(folder: Path, kind: str, of: type[Any] = Row) -> list[Any]:
+    """The rows of a kind of all GPUs, of a NamedTuple's columns, the newest last."""
+    rows: list[Any] = []
     for path in sorted(folder.glob(f"{kind}_*.csv")):
         with path.open(encoding="utf-8") as file:
             for row in csv.DictReader(file):
-                values: list[Any] = [int(row[name]) if kind is int else row[name] for name, kind in get_type_hints(Row).items()]
-                rows.append(Row(*values))
+                values: list[Any] = [int(row[name]) if kind is int else row[name] for name, kind in get_type_hints(of).items()]
+                rows.append(of(*values))
     return rows
 
 
