@@ -37,6 +37,15 @@ def sequence_lengths(batch: int, tokens: int, cu_seqlens: Tensor | None, device:
     return cu_seqlens.to(device=device, dtype=torch.int64).diff()
 
 
+def positions(tokens: int, cu_seqlens: Tensor | None, device: torch.device) -> Tensor:
+    """Where each of T tokens stands in its document [T], counted from 0; nothing is read on the host."""
+    index = torch.arange(tokens, device=device)
+    if cu_seqlens is None:
+        return index
+    ends = cu_seqlens.to(device=device, dtype=torch.int64)
+    return index - ends[torch.searchsorted(ends[1:], index, right=True)]
+
+
 class TokenTable(NamedTuple):
     """Where each of the M tokens of a flattened [B*T] axis stands."""
 

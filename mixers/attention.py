@@ -11,7 +11,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from kernels.varlen import is_readable
+from kernels.varlen import is_readable, positions
+from mixers import flash
 from mixers.base import SequenceMixer, at_least_one, default_head_dim, linear_flops, multiple_of
 from mixers.errors import ConfigError
 from mixers.fan_out import fan_out
@@ -68,23 +69,28 @@ class Attention(SequenceMixer[AttentionState]):
     ) -> tuple[Tensor, AttentionState | None]:
         self.check_input(x_BTD, state, cu_seqlens)
         q, k, v = self._heads(x_BTD)
+        if state is None:
+            return self._output(self._without_cache(q, k, v, cu_seqlens)), None
         if cu_seqlens is None:
             o, state = self._attend(q, k, v, state)
             return self._output(o), state
         outputs, states = [], []
         lengths = cu_seqlens.diff().tolist()
         for n, (q_n, k_n, v_n) in enumerate(zip(*(t.split(lengths, 1) for t in (q, k, v)), strict=True)):
-            before = None if state is None else AttentionState(*(t[n : n + 1] for t in state))
-            o, after = self._attend(q_n, k_n, v_n, before)
+            o, after = self._attend(q_n, k_n, v_n, AttentionState(*(t[n : n + 1] for t in state)))
             outputs.append(o)
             states.append(after)
-        joined = None if state is None else AttentionState(*(torch.cat(ts) for ts in zip(*filter(None, states), strict=True)))
-        return self._output(torch.cat(outputs, 1)), joined
+        return self._output(torch.cat(outputs, 1)), AttentionState(*(torch.cat(ts) for ts in zip(*states, strict=True)))
 
     def step(self, x_BD: Tensor, state: AttentionState) -> tuple[Tensor, AttentionState]:
         y, after = self.forward(x_BD.unsqueeze(1), state)
         assert after is not None
         return y.squeeze(1), after
+
+    def backend(self, device: torch.device, dtype: torch.dtype) -> str:
+        """What computes whole sequences there, for a log line."""
+        why = flash.refusal(device, dtype, self.head_dim)
+        return "torch's variable-length flash attention" if why is None else f"torch's scaled_dot_product_attention, one document at a time ({why})"
 
     def init_state(
         self,
@@ -123,13 +129,25 @@ class Attention(SequenceMixer[AttentionState]):
         out: Tensor = self.o_proj(o.flatten(-2))
         return out
 
-    def _attend(self, q: Tensor, k: Tensor, v: Tensor, state: AttentionState | None) -> tuple[Tensor, AttentionState | None]:
-        """Attention of T new tokens to the cache and to themselves; o [B, T, H, D] and the new cache."""
-        fresh = torch.arange(q.shape[1], device=q.device)
-        position = fresh.unsqueeze(0) if state is None else state.length.unsqueeze(1) + fresh
+    def _without_cache(self, q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor | None) -> Tensor:
+        """Attention of whole sequences to themselves; o [B, T, H, D]."""
+        batch, tokens = q.shape[:2]
+        position = positions(tokens, cu_seqlens, q.device).unsqueeze(0)
         q, k = rotate(q, position, self.rope_theta), rotate(k, position, self.rope_theta)
-        if state is None:
-            return self._softmax(q, k, v, position, position), None
+        if cu_seqlens is None and (self.window is None or tokens <= self.window):
+            return self._softmax(q, k, v, position, position)
+        if flash.refusal(q.device, q.dtype, self.head_dim) is None:
+            ends = torch.arange(0, (batch + 1) * tokens, tokens, device=q.device) if cu_seqlens is None else cu_seqlens
+            return flash.attend(q.flatten(0, 1), k.flatten(0, 1), v.flatten(0, 1), ends, self.window, tokens).view_as(q)
+        if cu_seqlens is None:
+            return self._softmax(q, k, v, position, position)
+        documents = zip(*(t.split(cu_seqlens.diff().tolist(), 1) for t in (q, k, v, position)), strict=True)
+        return torch.cat([self._softmax(q_n, k_n, v_n, own, own) for q_n, k_n, v_n, own in documents], 1)
+
+    def _attend(self, q: Tensor, k: Tensor, v: Tensor, state: AttentionState) -> tuple[Tensor, AttentionState]:
+        """Attention of T new tokens to the cache and to themselves; o [B, T, H, D] and the new cache."""
+        position = state.length.unsqueeze(1) + torch.arange(q.shape[1], device=q.device)
+        q, k = rotate(q, position, self.rope_theta), rotate(k, position, self.rope_theta)
         self._check_room(state, q.shape[1])
         # slot j of the cache holds the last position p < length with p = j modulo the capacity; none if that is negative
         last = state.length.unsqueeze(1) - 1

@@ -38,7 +38,7 @@ def test_fit_says_what_every_mixer_runs_on(gpu: list[str], capsys: pytest.Captur
     for op in ("delta_rule", "causal_conv1d", "delta_gates", "gated_rms_norm"):
         assert op in gdn2
     assert "triton" in gdn2
-    assert "backend: layers 1 (swa): torch" in said
+    assert "backend: layers 1 (swa): torch's scaled_dot_product_attention, one document at a time (no kernel for float32)" in said
     assert gpu
     assert len([line for line in said if line.startswith("checking kernels")]) == len(gpu)
     first = len(gpu)

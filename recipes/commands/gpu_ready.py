@@ -14,6 +14,7 @@ from jsonargparse import Namespace
 from kernels import backend as backends
 from lit_modules.decoder_lm import DecoderLM
 from mixers import mamba_ssm, registry
+from mixers.attention import Attention
 from mixers.base import SequenceMixer
 from mixers.errors import ConfigError
 from recipes.commands import checks, verdict
@@ -49,7 +50,8 @@ def get_ready(lm: DecoderLM, precision: str, device: torch.device) -> list[str]:
     results = verdict.prove(trials(lm, calls, dtype), device, say=_progress)
     torch.cuda.empty_cache()
     refuse_wrong(results, torch.cuda.get_device_name(device))
-    return [f"layers {', '.join(map(str, where))} ({name}): {describe(calls[name])}" for name, (_, where) in distinct(lm).items()]
+    own = {name: mixer.backend(device, dtype) for name, (mixer, _) in distinct(lm).items() if isinstance(mixer, Attention)}
+    return [f"layers {', '.join(map(str, where))} ({name}): {own.get(name) or describe(calls[name])}" for name, (_, where) in distinct(lm).items()]
 
 
 def distinct(lm: DecoderLM) -> dict[str, tuple[SequenceMixer[Any], list[int]]]:
