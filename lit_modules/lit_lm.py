@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import Any, NamedTuple, final
 
 import torch
@@ -97,6 +98,8 @@ class LitLM(LightningModule):
         self._micro_batch: int | None = None  # positions of a micro-batch; the same number on every rank
         self._sums: Tensor | None = None  # [3] of this rank since the last optimizer step: nll, targets, n_bytes
         self._positions = 0  # likewise
+        self.ballot: Callable[[], list[int]] = list  # counts of this rank that go along with the sums of a step, which all ranks wait for anyway
+        self.votes: list[float] = []  # their sums over all ranks, of the last step
 
     # The model
 
@@ -164,6 +167,7 @@ class LitLM(LightningModule):
 
     def on_train_start(self) -> None:
         self._micro_batch, self._sums, self._positions = None, None, 0
+        self.votes = []
         self.guard.begin()
 
     def on_train_batch_end(self, outputs: Any, batch: Batch, batch_idx: int) -> None:  # noqa: ARG002
@@ -237,11 +241,12 @@ class LitLM(LightningModule):
     def _step_totals(self) -> StepTotals:
         """Sums over ranks, and begins the next step's."""
         assert self._sums is not None
-        sums = torch.cat([self._sums, self._sums.new_tensor([self._positions])])
+        sums = torch.cat([self._sums, self._sums.new_tensor([self._positions, *self.ballot()])])
         self._sums, self._positions = None, 0
-        sums = self.trainer.strategy.reduce(sums, reduce_op="sum")
+        found = self.trainer.strategy.reduce(sums, reduce_op="sum").tolist()
         share = self._replicas / self.trainer.world_size  # tensor-parallel ranks have counted the same data
-        return StepTotals(*(share * sums).tolist())
+        self.votes = found[4:]
+        return StepTotals(*(share * total for total in found[:4]))
 
     def validation_step(self, batch: Batch) -> None:
         self.val_nll.update(*self._nll(batch), batch.n_bytes)

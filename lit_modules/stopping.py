@@ -52,21 +52,32 @@ def _await_parent(parent: int) -> None:
 class StopOnSignal(Callback):
     """Ends the training with `Stopped` after the optimizer step during which SIGTERM, SIGINT (Ctrl-C) or SIGUSR1 came, or within a validation.
 
+    Several processes tell each other with the sums of a step (`LitLM.ballot`), which they wait for anyway: to wait once more would leave the GPU
+    without work. So what comes to one of them behind those sums ends the training after the next step.
+
     A second Ctrl-C is Python's: it ends the process at once. Signals that come before the training are left to Lightning and Python.
     """
 
     def __init__(self) -> None:
         self._signum = 0
+        self._signals: list[int] = []  # that are listened to, the same on all ranks
 
     def on_sanity_check_start(self, trainer: Trainer, pl_module: LightningModule) -> None:  # noqa: ARG002
         self._install(trainer)
 
-    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:  # noqa: ARG002
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._install(trainer)
+        if trainer.world_size > 1:
+            pl_module.ballot = lambda: [int(self._signum == signum) for signum in self._signals]  # type: ignore[assignment]
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:  # noqa: ARG002
-        if batch_idx % trainer.accumulate_grad_batches == 0:
+        if batch_idx % trainer.accumulate_grad_batches:
+            return
+        votes: list[float] = getattr(pl_module, "votes", [])  # none before the first step
+        if not votes:
             self._stop(trainer)
+        elif any(votes) and not _is_ending(trainer):
+            raise Stopped(next(signum for signum, count in zip(self._signals, votes, strict=True) if count))
 
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:  # noqa: ARG002
         self._stop(trainer)
@@ -78,8 +89,9 @@ class StopOnSignal(Callback):
         """In place of Lightning's handlers, which it has just set; it also puts back those that were there before."""
         environment = trainer._accelerator_connector.cluster_environment
         requeue = getattr(environment, "requeue_signal", None)
+        self._signals = sorted({*SIGNALS, requeue} - {None})
         if threading.current_thread() is threading.main_thread():
-            for signum in {*SIGNALS, requeue} - {None}:
+            for signum in self._signals:
                 signal.signal(signum, self._note)
 
     def _note(self, signum: int, frame: FrameType | None) -> None:
@@ -90,13 +102,18 @@ class StopOnSignal(Callback):
         self._signum = signum
 
     def _stop(self, trainer: Trainer) -> None:
-        if trainer.state.fn != "fit" or trainer.should_stop:  # it is ending anyway
+        """Asks all ranks."""
+        if _is_ending(trainer):
             return
         signum = self._signum
         if trainer.world_size > 1:
             signum = int(trainer.strategy.reduce(torch.tensor(signum, device=trainer.strategy.root_device), reduce_op="max"))
         if signum:
             raise Stopped(signum)
+
+
+def _is_ending(trainer: Trainer) -> bool:
+    return trainer.state.fn != "fit" or trainer.should_stop
 
 
 def exit_code(trainer: Trainer, stop: Stopped) -> int:

@@ -33,7 +33,6 @@ FIXED = {  # data that every machine has, and nothing beside the training
     "model.max_tokens": 10**12,
     "trainer.max_steps": WARM_UP + TIMED,
     "trainer.limit_val_batches": 0,
-    "trainer.log_every_n_steps": 1,
     "trainer.enable_checkpointing": "false",
     "summary.max_new_tokens": 0,
 }
