@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from kernels import causal_conv1d, causal_conv1d_step, delta_rule, delta_rule_step
+from kernels import causal_conv1d, causal_conv1d_step, delta_rule, delta_rule_step, gated_rms_norm
 from mixers import mamba_ssm
 from mixers.base import SequenceMixer, at_least_one, divides, linear_flops, load_named
 from mixers.delta import delta_rule_flops
@@ -75,8 +75,8 @@ class BiasedConv(nn.Module):
 
 
 @final
-class GateThenRMSNorm(nn.Module):
-    """RMSNorm of x * SiLU(gate), over each of `groups` slices of the last axis.
+class GroupRMSNorm(nn.Module):
+    """RMSNorm over each of `groups` slices of the last axis.
 
     Args:
         size: channels.
@@ -93,16 +93,11 @@ class GateThenRMSNorm(nn.Module):
     def reset_parameters(self) -> None:
         nn.init.ones_(self.weight)
 
-    def forward(self, x: Tensor, gate: Tensor) -> Tensor:
-        """x, gate [.., size] -> x's shape and dtype; computed in at least float32."""
-        wide = torch.promote_types(x.dtype, torch.float32)
-        y = (x.to(wide) * F.silu(gate.to(wide))).unflatten(-1, (self.groups, -1))
-        # q, k and v have no norm: the squares of large outputs would overflow. The result does not depend on `largest`
-        largest = y.detach().abs().amax(-1, keepdim=True).clamp_min(1)
-        y = y / largest
-        y = y * torch.rsqrt(y.square().mean(-1, keepdim=True) + self.eps / largest.square())
-        out: Tensor = (y.flatten(-2) * self.weight.to(wide)).to(x.dtype)
-        return out
+    def forward(self, x: Tensor) -> Tensor:
+        """x [.., size] -> x's shape and dtype; computed in at least float32."""
+        parts = zip(x.chunk(self.groups, -1), self.weight.chunk(self.groups), strict=True)
+        normed = [gated_rms_norm(part, None, weight, self.eps) for part, weight in parts]
+        return normed[0] if self.groups == 1 else torch.cat(normed, -1)
 
 
 @final
@@ -149,7 +144,7 @@ class Mamba2(SequenceMixer[DeltaState]):
         self.conv1d = BiasedConv(conv_width, conv_size)
         self.step_size = StepSize(self.num_heads, 1)
         self.skip = Skip(self.num_heads)
-        self.norm = GateThenRMSNorm(self.width, num_groups, norm_eps)
+        self.norm = GroupRMSNorm(self.width, num_groups, norm_eps)
         self.out_proj = Linear(self.width, d_model, init=init)
 
     def forward(self, x_BTD: Tensor, state: DeltaState | None = None, *, cu_seqlens: Tensor | None = None) -> tuple[Tensor, DeltaState | None]:
@@ -213,5 +208,6 @@ class Mamba2(SequenceMixer[DeltaState]):
         return C.unflatten(-1, groups), B.unflatten(-1, groups), x.unflatten(-1, (self.num_heads, self.head_dim))
 
     def _output(self, o: Tensor, x: Tensor, gate: Tensor) -> Tensor:
-        out: Tensor = self.out_proj(self.norm(self.skip(o, x).flatten(-2), gate))
+        gated = self.skip(o.unsqueeze(-3), x, gate.unflatten(-1, (self.num_heads, self.head_dim)))  # (o + D x) SiLU(gate), of one rank
+        out: Tensor = self.out_proj(self.norm(gated.flatten(-2)))
         return out

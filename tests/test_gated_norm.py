@@ -30,6 +30,16 @@ def test_values_are_those_of_the_formula() -> None:
 def test_gradients() -> None:
     leaves = tuple(x.requires_grad_() for x in make().values())
     torch.autograd.gradcheck(lambda *leaves: gated_rms_norm(*leaves, EPS), leaves)
+    x, _, weight = leaves
+    for scale in (1.0, 1e3):  # entries below and above 1
+        torch.autograd.gradcheck(lambda x, weight: gated_rms_norm(x, None, weight, EPS), ((scale * x).detach().requires_grad_(), weight))
+
+
+def test_without_a_gate() -> None:
+    x, _, weight = make().values()
+    for scale in (1e-3, 1.0, 1e3):
+        expected = scale * x / ((scale * x).square().mean(-1, keepdim=True) + EPS).sqrt() * weight
+        torch.testing.assert_close(gated_rms_norm(scale * x, None, weight, EPS), expected, rtol=1e-12, atol=0)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
@@ -54,6 +64,10 @@ def test_extremes_are_finite() -> None:
         leaves = [(x * x_size).requires_grad_(), (gate * gate_size).requires_grad_(), weight.requires_grad_()]
         y = gated_rms_norm(*leaves, EPS)
         assert all(t.isfinite().all() for t in (y, *torch.autograd.grad(y.sum(), leaves)))
+    leaves = [(x * 1e30).requires_grad_(), weight]  # whose squares float32 does not hold
+    y = gated_rms_norm(leaves[0], None, weight, EPS)
+    torch.testing.assert_close(y, (x / x.square().mean(-1, keepdim=True).sqrt() * weight))
+    assert all(t.isfinite().all() for t in torch.autograd.grad(y.sum(), leaves))
 
 
 WRONG: dict[str, tuple[dict[str, Any], type[Exception], str]] = {

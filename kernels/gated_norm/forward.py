@@ -27,6 +27,8 @@ def launch(kernel: str, x: Tensor) -> Launch:
     size = x.shape[-1]
     block = 1 << (size - 1).bit_length()
     tile = TILES.pick(kernel, x.device, x.element_size(), block)
+    if block > tile.blocks["TILE"]:  # one row at a time, 16 numbers a thread
+        tile = Tile(max(tile.num_warps, block // 512), tile.num_stages, {**tile.blocks, "TILE": block})
     rows = tile.blocks["TILE"] // block * tile.blocks["STEPS"]
     return Launch(-(-(x.numel() // size) // rows), block, tile)
 
@@ -44,18 +46,20 @@ def _one_stride(x: Tensor) -> bool:
     return x.is_contiguous() or all(x.stride(i) == x.shape[i + 1] * x.stride(i + 1) for i in range(x.ndim - 2))
 
 
-def gated_rms_norm(x: Tensor, gate: Tensor, weight: Tensor, eps: float) -> Tensor:
+def gated_rms_norm(x: Tensor, gate: Tensor | None, weight: Tensor, eps: float) -> Tensor:
     """See `kernels.gated_norm.op.gated_rms_norm`."""
     from kernels.gated_norm._triton.forward import gated_norm_forward
 
     y = torch.empty(x.shape, device=x.device, dtype=x.dtype)
     programs, block, tile = launch("forward", x)
-    heads, (x, gate) = as_heads(x, gate)
+    gated = gate is not None
+    heads, (x, gate) = as_heads(x, x if gate is None else gate)
     gated_norm_forward[(programs,)](
         *(x, gate, weight.contiguous(), y, x.shape[0] * heads),
         *(x.stride(0), x.stride(1), gate.stride(0), gate.stride(1), x.shape[2], eps),
         H=heads,
         BS=block,
+        GATED=gated,
         **tile.options(),
     )
     return y

@@ -14,7 +14,7 @@ from kernels.autograd import differentiable
 
 
 @torch.library.custom_op("lightning_mixers::gated_rms_norm", mutates_args=())
-def gated_rms_norm(x: Tensor, gate: Tensor, weight: Tensor, eps: float) -> Tensor:
+def gated_rms_norm(x: Tensor, gate: Tensor | None, weight: Tensor, eps: float) -> Tensor:
     """y, x's shape and dtype, contiguous."""
     from kernels.gated_norm import forward
 
@@ -23,13 +23,13 @@ def gated_rms_norm(x: Tensor, gate: Tensor, weight: Tensor, eps: float) -> Tenso
 
 
 @gated_rms_norm.register_fake
-def _(x: Tensor, gate: Tensor, weight: Tensor, eps: float) -> Tensor:  # noqa: ARG001
+def _(x: Tensor, gate: Tensor | None, weight: Tensor, eps: float) -> Tensor:  # noqa: ARG001
     return x.new_empty(x.shape)
 
 
 @torch.library.custom_op("lightning_mixers::gated_rms_norm_backward", mutates_args=())
-def gated_rms_norm_backward(dy: Tensor, x: Tensor, gate: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of x, gate, weight, each in its tensor's dtype."""
+def gated_rms_norm_backward(dy: Tensor, x: Tensor, gate: Tensor | None, weight: Tensor, eps: float) -> list[Tensor]:
+    """Gradients of x, of the gate if there is one, and of weight, each in its tensor's dtype."""
     from kernels.gated_norm import backward
 
     with torch.cuda.device_of(x):
@@ -37,8 +37,8 @@ def gated_rms_norm_backward(dy: Tensor, x: Tensor, gate: Tensor, weight: Tensor,
 
 
 @gated_rms_norm_backward.register_fake
-def _(dy: Tensor, x: Tensor, gate: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor, Tensor]:  # noqa: ARG001
-    return x.new_empty(x.shape), gate.new_empty(gate.shape), weight.new_empty(weight.shape)
+def _(dy: Tensor, x: Tensor, gate: Tensor | None, weight: Tensor, eps: float) -> list[Tensor]:  # noqa: ARG001
+    return [t.new_empty(t.shape) for t in (x, gate, weight) if t is not None]
 
 
 def _setup(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:  # noqa: ARG001
@@ -47,7 +47,9 @@ def _setup(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:  # noqa: ARG
 
 
 def _backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
-    return (*gated_rms_norm_backward(dy, *ctx.saved_tensors, ctx.eps), None)
+    x, gate, weight = ctx.saved_tensors
+    dx, *dgate, dweight = gated_rms_norm_backward(dy, x, gate, weight, ctx.eps)
+    return dx, dgate[0] if dgate else None, dweight, None
 
 
 run = differentiable(gated_rms_norm, _setup, _backward)

@@ -102,6 +102,10 @@ def _own(n: int, *, ranks: int, packed: bool) -> Problem:
     return problems.ranked_delta_rule(_small(n), Draw(seed=6), ranks=ranks, packed=packed)
 
 
+def _whole(n: int, *, heads: int) -> Problem:
+    return problems.rms_norm(Shape(1, 150, heads, n, n), Draw())
+
+
 def _gates(n: int, *, mixer: str) -> Problem:
     return problems.delta_gates(mixer, _layer(n), Draw(), extreme=True)
 
@@ -131,6 +135,8 @@ def _table() -> Iterator[Check]:
     for mixer in ("gdn2", "kda", "gdn"):
         yield Check(f"{mixer}, extreme inputs", "delta_gates", partial(_gates, mixer=mixer), HEAD_SIZES if mixer == "gdn2" else FULL_SIZES)
     yield Check("SiLU gate", "gated_rms_norm", lambda n: problems.gated_rms_norm(_layer(n), Draw()), HEAD_SIZES)
+    for heads in (16, 36):  # all channels of a layer, 2,048 and 4,608
+        yield Check(f"no gate, {heads} heads together", "gated_rms_norm", partial(_whole, heads=heads), mixer="mamba2")
     yield Check("queries and keys", "l2_norm", lambda n: problems.l2_norm(_layer(n), Draw()), HEAD_SIZES)
     for ranks in (1, 4):
         yield Check(f"mamba3, rank {ranks}", "delta_rule", partial(_own, ranks=ranks, packed=False), (64, 128), "mamba3")

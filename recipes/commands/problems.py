@@ -232,6 +232,13 @@ def delta_gates(mixer: str, shape: Shape, draw: Draw, *, extreme: bool = False) 
     return Problem("delta_gates", leaves, {}, cotangents, frozenset({"a", "delta", "g"}))
 
 
+def rms_norm(shape: Shape, draw: Draw) -> Problem:
+    """Mamba-2's norm, over all channels of a layer."""
+    size = (shape.batch, shape.tokens, shape.v_heads * shape.dv)
+    leaves = {"x": 4 * draw.normal(*size), "weight": 1 + draw.normal(size[-1]) / 10}
+    return Problem("gated_rms_norm", leaves, {"gate": None, "eps": NORM_EPS}, {"y": draw.cotangent(*size)}, PARAMETERS)
+
+
 def gated_rms_norm(shape: Shape, draw: Draw) -> Problem:
     """The norm and the gate behind the delta rule."""
     size = (shape.batch, shape.tokens, shape.v_heads, shape.dv)

@@ -17,7 +17,7 @@ from kernels.gated_norm.forward import as_heads
 pytestmark = pytest.mark.usefixtures("poison")
 
 EPS = 0.1  # a row of one channel then has a gradient that does not vanish
-SHAPES = [(9, 1), (7,), (300, 3), (2, 5, 3, 20), (2, 70, 2, 64), (5, 96), (3, 2, 1000), (2, 1024)]
+SHAPES = [(9, 1), (7,), (300, 3), (2, 5, 3, 20), (2, 70, 2, 64), (5, 96), (3, 2, 1000), (2, 1024), (3, 4608), (2, 8192)]
 by_shape = pytest.mark.parametrize("shape", SHAPES, ids=str)
 by_dtype = pytest.mark.parametrize("dtype", DTYPES)
 
@@ -32,16 +32,17 @@ def make(shape: tuple[int, ...], dtype: torch.dtype, sliced: bool = False, seed:
     return {"x": x if sliced else x.contiguous(), "gate": gate if sliced else gate.contiguous(), "weight": weight}
 
 
-def run(function: Callable[..., Tensor], tensors: dict[str, Tensor], **options: str) -> dict[str, Tensor]:
+def run(function: Callable[..., Tensor], tensors: dict[str, Tensor | None], **options: str) -> dict[str, Tensor]:
     """The output and every gradient under a fixed random cotangent."""
-    leaves = {name: x.detach().requires_grad_() for name, x in tensors.items()}
-    y = function(**leaves, eps=EPS, **options)
+    leaves = {name: x.detach().requires_grad_() for name, x in tensors.items() if x is not None}
+    y = function(**{"gate": None, **leaves}, eps=EPS, **options)
     gradients = torch.autograd.grad(y, list(leaves.values()), random_cotangent(y, 0))
     return {"y": y.detach(), **{f"d{name}": gradient for name, gradient in zip(leaves, gradients, strict=True)}}
 
 
-def check(tensors: dict[str, Tensor]) -> None:
+def check(tensors: dict[str, Tensor | None]) -> None:
     dtype = tensors["x"].dtype
+    tensors = {name: x for name, x in tensors.items() if x is not None}
     got = run(gated_rms_norm, tensors, backend="triton")
     expected = run(gated_rms_norm, {name: x.double() for name, x in tensors.items()}, backend="reference")
     assert {name: x.dtype for name, x in got.items()} == {"y": dtype, **{f"d{name}": x.dtype for name, x in tensors.items()}}
@@ -54,6 +55,19 @@ def check(tensors: dict[str, Tensor]) -> None:
 @by_shape
 def test_against_float64(shape: tuple[int, ...], dtype: torch.dtype) -> None:
     check(make(shape, dtype))
+
+
+@by_dtype
+@by_shape
+@pytest.mark.parametrize("scale", [0.01, 1.0, 100.0])
+def test_without_a_gate(shape: tuple[int, ...], dtype: torch.dtype, scale: float) -> None:
+    tensors = make(shape, dtype, sliced=True)
+    check({"x": scale * tensors["x"], "gate": None, "weight": tensors["weight"]})
+
+
+def test_squares_that_float32_does_not_hold() -> None:
+    tensors = make((4, 4608), torch.float32)
+    check({"x": 1e30 * tensors["x"], "gate": None, "weight": tensors["weight"]})
 
 
 @by_dtype
@@ -112,6 +126,8 @@ def test_operators_keep_torchs_rules() -> None:
     torch.library.opcheck(op.gated_rms_norm, (*tensors.values(), EPS))
     dy = random_cotangent(tensors["x"].detach(), 0)
     torch.library.opcheck(op.gated_rms_norm_backward, (dy, *(x.detach() for x in tensors.values()), EPS))
+    torch.library.opcheck(op.gated_rms_norm, (tensors["x"], None, tensors["weight"], EPS))
+    torch.library.opcheck(op.gated_rms_norm_backward, (dy, tensors["x"].detach(), None, tensors["weight"].detach(), EPS))
 
 
 def test_compiles_without_a_graph_break(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -122,7 +138,7 @@ def test_compiles_without_a_graph_break(monkeypatch: pytest.MonkeyPatch) -> None
     assert_same(run(compiled, tensors), run(gated_rms_norm, tensors, backend="triton"))
 
 
-REFUSED = [(4, torch.float64, "its kernels take no float64"), (1025, torch.float32, "size 1025 is above 1024")]
+REFUSED = [(4, torch.float64, "its kernels take no float64"), (8193, torch.float32, "size 8193 is above 8192")]
 
 
 @pytest.mark.parametrize(("size", "dtype", "why"), REFUSED)
