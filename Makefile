@@ -1,6 +1,7 @@
 # The two commands of the README: `make quickstart` and `make test`. Both make .venv themselves, from pinned versions.
 PYTHON ?= python3
 BIN := .venv/bin
+REFERENCES := .venv/references
 
 .PHONY: quickstart test test-gpu test-tiles lint bench-reference reliability wheel docs clean
 
@@ -8,8 +9,8 @@ quickstart: .venv/installed
 	$(BIN)/python -m recipes fit --config quickstart
 
 # one process a core with one thread each: torch's threads wait for each other by spinning
-test: lint
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --durations=15
+test: lint $(REFERENCES)/installed
+	MAMBA_SSM_FOLDER=$(REFERENCES) OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --durations=15
 	TRITON_INTERPRET=1 OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto tests/gpu
 
 # The kernels on a GPU; writes docs/gpu_tests.md. Needs torch, triton and pytest, no .venv: make test-gpu PYTHON_TEST=python3 COMMIT=...
@@ -53,6 +54,12 @@ docs: .venv/installed
 .venv/installed-dev: .venv/bin/python pyproject.toml constraints.txt
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]'
 	@touch $@ .venv/installed
+
+# mamba-ssm's plain-torch references, beside the environment and not in it: nothing is compiled, no nvcc is needed
+$(REFERENCES)/installed: .venv/installed-dev
+	MAMBA_SKIP_CUDA_BUILD=TRUE MAMBA_FORCE_BUILD=TRUE $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt \
+		--no-build-isolation --no-deps --upgrade --target $(REFERENCES) mamba-ssm==2.3.2.post1 einops
+	@touch $@
 
 clean:
 	rm -rf .venv build dist *.egg-info

@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from mixers import registry
-from mixers.base import ParameterGroups, SequenceMixer, at_least_one, linear_flops
+from mixers.base import ParameterGroups, SequenceMixer, at_least_one, linear_flops, positive
 from mixers.errors import ConfigError
 from mixers.fan_out import fan_out
 from mixers.init import initialize
@@ -107,6 +107,7 @@ class DecoderLM(nn.Module):
     ) -> None:
         super().__init__()
         at_least_one(vocab_size=vocab_size, d_model=d_model, n_layers=n_layers, mlp_width=mlp_width)
+        positive(norm_eps=norm_eps)
         self.settings: dict[str, Any] = {
             "vocab_size": vocab_size,
             "d_model": d_model,

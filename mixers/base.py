@@ -5,6 +5,7 @@ Shapes: B batch rows, T tokens, D d_model, N sequences (B, or the number of pack
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from typing import Any, Generic, NamedTuple, TypeVar
@@ -122,6 +123,13 @@ def at_least_one(**settings: Any) -> None:
             raise ConfigError(f"{name}: must be an integer >= 1, got {value!r}")
 
 
+def positive(**settings: Any) -> None:
+    """Raises ConfigError for the first of `settings` that is not a finite number above 0."""
+    for name, value in settings.items():
+        if not isinstance(value, (int, float)) or isinstance(value, bool) or not 0 < value < math.inf:
+            raise ConfigError(f"{name}: must be a finite number above 0, got {value!r}")
+
+
 def multiple_of(name: str, value: int, base_name: str, base: int) -> None:
     """Raises ConfigError unless `value` is a multiple of `base`."""
     if value % base:
@@ -156,13 +164,17 @@ def load_named(module: nn.Module, state_dict: Mapping[str, Tensor], table: Mappi
         source: the other package, for messages.
 
     Raises:
-        ConfigError: a tensor that is missing, has another shape or is not in the table; nothing is changed then.
+        ConfigError: a tensor that is missing, has another shape, no real numbers, or is not in the table; nothing is changed then.
     """
     own = dict(module.named_parameters())
     names = {theirs: ours for theirs, ours in table.items() if ours in own}
     for theirs, ours in names.items():
         if theirs not in state_dict:
             raise ConfigError(f"state dict of {source}: has no tensor {theirs} (it has: {', '.join(sorted(state_dict)) or 'none'})")
+        value: Any = state_dict[theirs]
+        if not isinstance(value, Tensor) or value.is_meta or not value.is_floating_point():
+            kind = "a tensor without values" if getattr(value, "is_meta", False) else getattr(value, "dtype", type(value).__name__)
+            raise ConfigError(f"state dict of {source}: {theirs} must be a tensor of floating-point numbers, got {kind}")
         if state_dict[theirs].shape != own[ours].shape:
             found, needed = list(state_dict[theirs].shape), list(own[ours].shape)
             raise ConfigError(f"state dict of {source}: {theirs} has the shape {found}, this layer's is {needed}")

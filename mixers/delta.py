@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from kernels import delta_rule, delta_rule_step
-from mixers.base import SequenceMixer, at_least_one, linear_flops, multiple_of
+from mixers.base import SequenceMixer, at_least_one, linear_flops, multiple_of, positive
 from mixers.errors import ConfigError
 from mixers.fan_out import fan_out
 from mixers.layers import MIXER_GAIN, GatedRMSNorm, Linear, ShortConv, xavier
@@ -72,6 +72,7 @@ class DeltaMixer(SequenceMixer[DeltaState]):
         self.v_proj = self.linear(d_model, self.v_width)
         self.conv = ShortConv(2 * self.k_width + self.v_width, conv_size, norm_size=head_dim, norm_channels=2 * self.k_width)
         self.gate_proj = self.low_rank(d_model, self.v_width, bias=True)
+        positive(norm_eps=norm_eps)
         self.norm = GatedRMSNorm(self.v_head_dim, norm_eps)
         self.o_proj = self.linear(self.v_width, d_model)
         self.make_gates()

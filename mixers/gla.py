@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from kernels import delta_rule, delta_rule_step
-from mixers.base import SequenceMixer, at_least_one, default_head_dim, linear_flops
+from mixers.base import SequenceMixer, at_least_one, default_head_dim, linear_flops, positive
 from mixers.delta import delta_rule_flops
 from mixers.errors import ConfigError
 from mixers.fan_out import fan_out
@@ -55,6 +55,7 @@ class GatedLinearAttention(SequenceMixer[RecurrentState]):
         self.v_proj = Linear(d_model, v_width, init=init)
         self.f_proj = nn.Sequential(Linear(d_model, gate_low_rank, init=init), Linear(gate_low_rank, k_width, init=init, bias=True))
         self.gate_proj = Linear(d_model, v_width, init=init)
+        positive(norm_eps=norm_eps)
         self.norm = GatedRMSNorm(self.v_head_dim, norm_eps)
         self.o_proj = Linear(v_width, d_model, init=init)
 

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from kernels import causal_conv1d, causal_conv1d_step, delta_rule, delta_rule_step, gated_rms_norm
 from mixers import mamba_ssm
-from mixers.base import SequenceMixer, at_least_one, divides, linear_flops, load_named
+from mixers.base import SequenceMixer, at_least_one, divides, linear_flops, load_named, positive
 from mixers.delta import delta_rule_flops
 from mixers.errors import ConfigError
 from mixers.layers import MIXER_GAIN, DecayModule, Linear, Skip, xavier
@@ -131,6 +131,7 @@ class Mamba2(SequenceMixer[DeltaState]):
     ) -> None:
         super().__init__(d_model)
         at_least_one(expand=expand, head_dim=head_dim, d_state=d_state, num_groups=num_groups)
+        positive(norm_eps=norm_eps)
         if conv_size < 2:
             raise ConfigError(f"conv_size: must be an integer >= 2, got {conv_size!r}")
         self.width = expand * d_model
@@ -190,7 +191,8 @@ class Mamba2(SequenceMixer[DeltaState]):
         return linear_flops(self, tokens) + 2 * tokens * self.conv1d.weight.numel() + rule
 
     def load_mamba_ssm(self, state_dict: Mapping[str, Tensor]) -> None:
-        """Takes the weights of a `mamba_ssm.modules.mamba2.Mamba2` of the same sizes (its `headdim`, `d_state`, `ngroups`, `d_conv`, `expand`).
+        """Takes the weights of a `mamba_ssm.modules.mamba2.Mamba2` of the same sizes (its `headdim`, `d_state`, `ngroups`, `d_conv`, `expand`)
+        and its defaults otherwise: weights do not say whether a layer had `norm_before_gate=True` or a `dt_limit`, and this one has neither.
 
         Raises:
             ConfigError: a tensor that is missing, has another shape or is one that this layer does not have; nothing is changed then.

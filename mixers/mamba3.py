@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from kernels import delta_rule, delta_rule_step, rank_values
 from kernels.rotary.reference import running_sum, turns
 from mixers import mamba_ssm
-from mixers.base import SequenceMixer, at_least_one, divides, linear_flops, load_named
+from mixers.base import SequenceMixer, at_least_one, divides, linear_flops, load_named, positive
 from mixers.delta import delta_rule_flops
 from mixers.errors import ConfigError
 from mixers.layers import MIXER_GAIN, Linear, Skip, xavier
@@ -105,11 +105,9 @@ class Mamba3(SequenceMixer[Mamba3State]):
         self.mimo_rank, self.rope_fraction, self.num_angles = mimo_rank, rope_fraction, int(d_state * rope_fraction) // 2
         if not (0 < rope_fraction <= 1 and self.num_angles):
             raise ConfigError(f"rope_fraction: must be in [{2 / d_state:g}, 1] (one pair of {d_state} channels at least), got {rope_fraction}")
-        if not 0 < dt_min <= dt_max:
-            raise ConfigError(f"dt_min: must be above 0 and at most dt_max = {dt_max:g}, got {dt_min:g}")
-        for name, floor in (("dt_floor", dt_floor), ("a_floor", a_floor)):
-            if floor <= 0:
-                raise ConfigError(f"{name}: must be above 0, got {floor:g}")
+        positive(norm_eps=norm_eps, dt_min=dt_min, dt_max=dt_max, dt_floor=dt_floor, a_floor=a_floor)
+        if dt_min > dt_max:
+            raise ConfigError(f"dt_min: must be at most dt_max = {dt_max:g}, got {dt_min:g}")
         refusal = mamba_ssm.siso_refusal(head_dim, d_state, mimo_rank, self.num_angles)
         self.kernels = mamba_ssm.choose(backend, AUTO, d_state, refusal, mamba_ssm.SISO_DTYPES)
         shared, init = mimo_rank * num_groups * d_state, xavier(MIXER_GAIN)
@@ -187,6 +185,11 @@ class Mamba3(SequenceMixer[Mamba3State]):
         kept = [after.k.unsqueeze(1), *(last_tokens(x, cu_seqlens) for x in (v, steps.zeta, angle))]
         k, v, zeta, angle = (x.to(old.dtype) for x, old in zip(kept, state[1:], strict=True))
         return o.unsqueeze(-3), Mamba3State(after.h - written(zeta, k, v.unsqueeze(1)), k, v, zeta, angle)
+
+    def check_state(self, state: tuple[Tensor, ...] | None, sequences: int) -> None:
+        super().check_state(state, sequences)
+        if state is not None and state[1].shape[1] != self.mimo_rank:
+            raise ValueError(f"Mamba3: the state holds keys of rank {state[1].shape[1]}, mimo_rank is {self.mimo_rank}")
 
     def step(self, x_BD: Tensor, state: Mamba3State) -> tuple[Tensor, Mamba3State]:
         self.check_state(state, x_BD.shape[0])

@@ -192,6 +192,15 @@ def test_load_refuses_in_one_line_and_changes_nothing() -> None:
         ({}, "has no tensor in_proj.weight (it has: none)"),
         ({**good, "A_log": torch.zeros(3)}, "A_log has the shape [3], this layer's is [6]"),
         ({**good, "conv1d.weight": good["conv1d.weight"].squeeze(1)}, "conv1d.weight has the shape [58, 4], this layer's is [58, 1, 4]"),
+        ({**good, "norm.weight": [1.0] * 48}, "norm.weight must be a tensor of floating-point numbers, got list"),
+        (
+            {**good, "norm.weight": torch.ones(48, dtype=torch.complex64)},
+            "norm.weight must be a tensor of floating-point numbers, got torch.complex64",
+        ),
+        (
+            {**good, "norm.weight": torch.ones(48, device="meta")},
+            "norm.weight must be a tensor of floating-point numbers, got a tensor without values",
+        ),
         ({**good, "in_proj.bias": torch.zeros(112)}, "has the tensor in_proj.bias, which this layer does not have (legal: in_proj.weight, "),
     ):
         with pytest.raises(ConfigError) as raised:
@@ -215,6 +224,7 @@ def test_load_refuses_in_one_line_and_changes_nothing() -> None:
         ({"head_dim": 8, "d_state": 0}, "d_state: must be an integer >= 1, got 0"),
         ({"head_dim": 8, "d_state": -4}, "d_state: must be an integer >= 1, got -4"),
         ({"head_dim": 8, "expand": 0}, "expand: must be an integer >= 1, got 0"),
+        ({"head_dim": 8, "norm_eps": -1.0}, "norm_eps: must be a finite number above 0, got -1.0"),
         ({"head_dim": 8, "conv_size": 1}, "conv_size: must be an integer >= 2, got 1"),
         ({"head_dim": 8, "d_state": "wide"}, "d_state"),
         ({"headdim": 8}, "unknown setting 'headdim'; did you mean 'head_dim'?"),
