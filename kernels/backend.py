@@ -39,7 +39,7 @@ def resolve(op: str, requested: str, device: torch.device, refusal: str | None =
 
     Raises:
         ValueError: `requested` is not one of "auto", "triton", "reference".
-        NotImplementedError: "triton" was asked for by name and cannot run there.
+        RefusedError: "triton" was asked for by name and cannot run there.
     """
     if requested not in BACKENDS:
         raise ValueError(f"{op}: backend must be one of {', '.join(BACKENDS)}, got {requested!r}")
@@ -49,8 +49,12 @@ def resolve(op: str, requested: str, device: torch.device, refusal: str | None =
     if requested == "auto":
         return "reference" if why or (device.type == "cpu" and not _as_on_gpu) else "triton"
     if why:
-        raise NotImplementedError(f"{op}: backend='triton' cannot run: {why}; use backend='auto' or 'reference'")
+        raise RefusedError(f"{op}: backend='triton' cannot run: {why}; use backend='auto' or 'reference'")
     return "triton"
+
+
+class RefusedError(NotImplementedError):
+    """The kernels cannot take these arguments. torch raises its base class too, for what it lacks itself."""
 
 
 def why_not(op: str, device: torch.device) -> str | None:

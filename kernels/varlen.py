@@ -18,6 +18,8 @@ def check_cu_seqlens(cu_seqlens: Tensor, tokens: int, *, op: str) -> None:
 
     Values are read only where that costs no wait (tensors on the CPU).
     """
+    if not isinstance(cu_seqlens, Tensor):
+        raise TypeError(f"{op}: cu_seqlens must be a tensor, got {type(cu_seqlens).__name__}")
     if cu_seqlens.dtype not in (torch.int32, torch.int64):
         raise TypeError(f"{op}: cu_seqlens must be int32 or int64, got {cu_seqlens.dtype}")
     if cu_seqlens.ndim != 1 or cu_seqlens.numel() < 2:

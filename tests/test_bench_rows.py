@@ -69,9 +69,14 @@ def test_the_table_gives_ratios_to_ours(capsys: pytest.CaptureFixture[str]) -> N
 # --- the page ---
 
 
-def test_the_page_without_rows(tmp_path: Path) -> None:
-    assert main(["bench", "plot", "--out", str(tmp_path), "--page", str(tmp_path / "docs" / "benchmarks.md")]) == 0
-    assert "No rows yet" in (tmp_path / "docs" / "benchmarks.md").read_text()
+def test_without_rows_the_page_stays_as_it_is(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "benchmarks.md").write_text("a page")
+    assert main(["bench", "plot", "--out", str(tmp_path), "--page", str(tmp_path / "benchmarks.md")]) == 2
+    assert "holds no rows of op, layer, decode, training" in capsys.readouterr().err
+    bench_rows.append(tmp_path, "op", [row_of("gdn2", "ours", 8, 2048, 3.0)._replace(batch="many")])
+    assert main(["bench", "plot", "--out", str(tmp_path), "--page", str(tmp_path / "benchmarks.md")]) == 2
+    assert "that bench has not written (ValueError: invalid literal" in capsys.readouterr().err
+    assert (tmp_path / "benchmarks.md").read_text() == "a page"
 
 
 def test_the_page_shows_the_newest_rows_and_a_plot(tmp_path: Path) -> None:
@@ -83,7 +88,6 @@ def test_the_page_shows_the_newest_rows_and_a_plot(tmp_path: Path) -> None:
     bench_rows.append(tmp_path, "decode", [row_of("gdn2_step", "ours, CUDA graph", 32, 1, 0.03, fwd_bwd_ms="")])
     page = bench_plot.write(tmp_path, tmp_path / "benchmarks.md")
     text = page.read_text()
-    assert "No rows yet" not in text
     assert text.count("| gdn2 | ours | 1 x 65,536 |") == 1
     assert "newer" in text
     assert "## One token of decoding, NVIDIA H100" in text

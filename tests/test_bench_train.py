@@ -21,6 +21,8 @@ REFUSED = {
     "shapes": (["--shapes", "4"], "shapes: must be batch x tokens"),
     "accumulate": (["--accumulate", "0"], "accumulate: must be an integer >= 1"),
     "no recipe": (["--config", ","], "config: must name at least one recipe"),
+    "recipe": (["--config", "quickstart+tiniest"], "config: unknown file or recipe 'tiniest'; did you mean 'tiny'"),
+    "no GPU": (["--config", "quickstart"], "bench: needs a GPU"),
 }
 
 
@@ -38,14 +40,15 @@ def test_devices() -> None:
         devices_of("ddp:2,")
 
 
-def test_a_training_and_one_that_fails(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_training_and_one_that_fails(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     """The first has a row, with figures of its own metrics; of the other the user reads why it has none."""
-    recipes = "quickstart+tiny,no_such_recipe"
+    monkeypatch.setattr(bench_train, "needs_gpu", lambda: None)
+    recipes = "quickstart+tiny,tiny"  # the second has no layout
     code = main(["bench", "train", "--config", recipes, "--shapes", "2x32", "--accumulate", "2", "--out", str(tmp_path), "--commit", "abc"])
     assert code == 1
     said = capsys.readouterr()
     assert "quickstart+tiny, 2 x 32 tokens, 2 micro-batches a step" in said.out
-    assert "no figure: no_such_recipe, 2 x 32 tokens, 2 micro-batches a step, auto on 1: exit code 2: config: unknown file or recipe" in said.err
+    assert "no figure: tiny, 2 x 32 tokens, 2 micro-batches a step, auto on 1: exit code 2: model.lm.layout: must be set" in said.err
     (row,) = bench_rows.read(tmp_path, TRAINING, Training)
     assert row[:6] == ("quickstart+tiny", "auto", 1, 2, 32, 2)
     assert float(row.tokens_per_second) > 10

@@ -133,6 +133,9 @@ SHAPES: dict[str, tuple[Arguments, str]] = {
     "unknown backend": (legal(backend="cuda"), r"backend must be one of auto, triton, reference, got 'cuda'"),
 }
 DTYPES: dict[str, tuple[Arguments, str]] = {
+    "g is a number": (legal(g=-1.0), r"g must be a tensor, got float"),
+    "no values": (legal(v=None), r"v must be a tensor, got NoneType"),
+    "cu_seqlens is a list": (packed([0, T]), r"cu_seqlens must be a tensor, got list"),
     "own of another dtype": (ranked(own=torch.ones(B, T, HV, 1).double()), r"own must be torch.float32 or torch.float32, got torch.float64"),
     "q of another dtype": (legal(q=torch.ones(B, T, H, K).bfloat16()), r"q, k and v must share one floating dtype, got torch.bfloat16"),
     "v of another dtype": (legal(v=torch.ones(B, T, HV, V).double()), r"q, k and v must share one floating dtype"),

@@ -12,6 +12,7 @@ import torch
 from doctor_cases import GPU, KEY, attempts_fixture, own_cache_fixture  # noqa: F401
 
 import kernels
+from kernels.backend import RefusedError
 from recipes.__main__ import main
 from recipes.commands import checks, machine, problems, verdict
 from recipes.commands.checks import Result, Trial
@@ -183,13 +184,16 @@ def test_a_wrong_kernel_fails_its_check(name: str, monkeypatch: pytest.MonkeyPat
 
 def test_a_size_without_a_kernel_runs_on_the_reference(monkeypatch: pytest.MonkeyPatch) -> None:
     def refuse(*_: Any, **__: Any) -> None:
-        raise NotImplementedError("gated_rms_norm: backend='triton' cannot run: size 9000 is above 8192")
+        raise refused("gated_rms_norm: backend='triton' cannot run: size 9000 is above 8192")
 
+    refused: type[Exception] = RefusedError
     monkeypatch.setattr(kernels, "gated_rms_norm", refuse)
     check = next(check for check in checks.CHECKS if check.op == "gated_rms_norm")
     result = checks.attempt(Trial(check, 32, torch.float32), torch.device("cpu"))
     assert result.passed
     assert "runs on the reference: gated_rms_norm" in result.note
+    refused = NotImplementedError  # torch's, for what it has no kernel for
+    assert not checks.attempt(Trial(check, 32, torch.float32), torch.device("cpu")).passed
 
 
 def test_problems_are_rounded_where_a_layer_rounds() -> None:

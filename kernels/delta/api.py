@@ -110,6 +110,9 @@ def _check(q: Tensor, k: Tensor, v: Tensor, g: Tensor | None, b: Tensor | None, 
     op = "delta_rule" if "T" in axes else "delta_rule_step"
     names = axes.split()
     gate_names = [name for name in names if name != "R"]
+    for name, given in (("q", q), ("k", k), ("v", v), ("g", g), ("b", b), ("w", w)):
+        if not isinstance(given, Tensor) and (given is not None or name in "qkv"):
+            raise TypeError(f"{op}: {name} must be a tensor, got {type(given).__name__}")
     for name, x in (("q", q), ("k", k), ("v", v)):
         if x.ndim != len(names) + 1:
             raise ValueError(f"{op}: {name} must have axes [{', '.join(names)}, channels], got shape {list(x.shape)}")

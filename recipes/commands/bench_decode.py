@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from kernels import delta_rule_step
-from kernels.backend import Requested
+from kernels.backend import RefusedError, Requested
 from mixers.errors import ConfigError, unknown
 from recipes.commands import bench_peers, bench_rows, checks, problems
 from recipes.commands.arguments import Arguments
@@ -40,7 +40,7 @@ def run(argv: list[str]) -> int:
         problem = problems.delta_rule_step(given.mixer, shape, Draw("cuda")).to(dtype)
         try:
             errors = problems.errors(problems.run(problem, problems.call(problem, "triton")), checks.oracle(problem))
-        except NotImplementedError as error:
+        except RefusedError as error:
             raise ConfigError(f"{given.mixer} step, {given.heads} heads of {given.dim}: no figure: {error}") from error
         if not max(errors.values()) <= checks.TOLERANCE[dtype]:
             print(f"{given.mixer} step, batch {batch}: no figure: errors {errors}", flush=True)

@@ -31,7 +31,6 @@ normalised queries and keys; `gdn2+norm` begins with raw ones and times each sid
 of a model: a time is that of the GPU. Only `decode` includes waiting for the host, in its eager rows. Whole trainings (`bench train`) are `fit`,
 one after the other on one machine: tokens a second are those of all devices together.
 """
-NOTHING = "\nNo rows yet: they are measured on a GPU.\n"
 
 
 def run(argv: list[str]) -> int:
@@ -43,8 +42,8 @@ def run(argv: list[str]) -> int:
         page = write(given.out, given.page)
     except OSError as error:
         raise ConfigError(f"--page: {error.strerror}: {error.filename}") from error
-    except (KeyError, TypeError) as error:
-        raise ConfigError(f"--out: {given.out} holds a table with other columns than bench writes ({error})") from error
+    except (KeyError, TypeError, ValueError) as error:
+        raise ConfigError(f"--out: {given.out} holds a table that bench has not written ({type(error).__name__}: {error})") from error
     print(f"wrote {page}")
     return 0
 
@@ -66,8 +65,10 @@ def write(rows_folder: Path, page: Path) -> Path:
         trainings[training.gpu][training[:6]] = training  # the newest
     for gpu, of_gpu in trainings.items():
         text += [f"\n## Whole trainings, {gpu}\n\n", trainings_table(of_gpu.values())]
+    if len(text) == 1:
+        raise ConfigError(f"--out: {rows_folder} holds no rows of {', '.join((*KINDS, TRAINING))}; the page stays as it is")
     page.parent.mkdir(parents=True, exist_ok=True)
-    page.write_text("".join([*text, NOTHING] if len(text) == 1 else text), encoding="utf-8")
+    page.write_text("".join(text), encoding="utf-8")
     return page
 
 

@@ -19,8 +19,9 @@ from lit_modules.parallel import check_strategy_name
 from mixers.errors import ConfigError
 from recipes.commands import bench_rows
 from recipes.commands.arguments import Arguments
-from recipes.commands.bench_arguments import OUT, numbers_of, shapes_of
+from recipes.commands.bench_arguments import OUT, needs_gpu, numbers_of, shapes_of
 from recipes.commands.bench_rows import Machine
+from recipes.commands.config_files import find_config
 from recipes.commands.run_folder import METRICS
 
 WARM_UP, TIMED = 10, 20  # optimizer steps; `Throughput` averages over the last 20
@@ -68,6 +69,10 @@ def run(argv: list[str]) -> int:
     recipes = [name for name in given.config.split(",") if name]
     if not recipes:
         raise ConfigError("config: must name at least one recipe")
+    for recipe in recipes:
+        for name in recipe.split("+"):
+            find_config(name)
+    needs_gpu()
     machine, failed = bench_rows.this_machine(given.commit), 0
     for recipe in recipes:
         for batch, tokens in shapes:

@@ -197,7 +197,7 @@ def attempt(trial: Trial, device: torch.device) -> Result:
     there = problem.to(trial.dtype, device)
     try:
         got = problems.run(there, problems.call(there, wanted))
-    except NotImplementedError as error:  # the kernels refuse this dtype or size: "auto" takes the reference there
+    except backends.RefusedError as error:  # the kernels refuse this dtype or size: "auto" takes the reference there
         return Result(trial.label, True, None, f"runs on the reference: {error}")
     except Exception as error:  # a compiler that fails raises whatever it likes; it is the answer that was asked for
         return Result(trial.label, False, None, f"{type(error).__name__}: {' '.join(str(error).split())[:200]}")

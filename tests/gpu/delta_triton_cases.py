@@ -221,6 +221,21 @@ def _extreme_variants(dtype: torch.dtype) -> list[Variant]:
 # --- in the interpreter: seconds a case, so few and small ones ---
 
 
+def _tuned_variants() -> list[Variant]:
+    """Sizes whose tiles were measured, with every decay; few programs and many have tiles of their own. Value sizes that are filled up, or wide."""
+    found = []
+    for dtype in (torch.bfloat16, torch.float16):
+        gdn2 = partial(case_of, "gdn2", 128, 128)
+        few = [gdn2(decay=d, tokens=t) for d, t in (("mixed", 1000), ("mild", 200), ("slow", 200), *((str(d), 130) for d in MIXED_DECAYS))]
+        many = [gdn2(batch=batch, heads=16, decay="mixed", tokens=70) for batch in (4, 8)]
+        packed = [gdn2(layout="packed", documents=lengths, tokens=sum(lengths), groups=2) for lengths in DOCUMENTS.values()]
+        found.append(Variant("gdn2-tuned", dtype, [*few, *many, *packed]))
+        found += [Variant(f"{model}-tuned", dtype, [case_of(model, 128, 128, decay=d) for d in ("mixed", "slow")]) for model in ("kda", "gdn")]
+    return found + [
+        Variant(f"gdn2-{k}-{v}", torch.bfloat16, [case_of("gdn2", k, v, decay=d) for d in ("mixed", "slow")]) for k, v in ((64, 96), (128, 256))
+    ]
+
+
 def _small_variants() -> list[Variant]:
     tiny, short = {"tokens": 70}, {"tokens": 66, "groups": 2}
     single = torch.float32
@@ -264,4 +279,4 @@ def variants() -> list[Variant]:
     if not ON_GPU:
         return _small_variants()
     extremes = [variant for dtype in (torch.float32, torch.bfloat16, torch.float16) for variant in _extreme_variants(dtype)]
-    return extremes + _pairwise_variants()  # long ones first: the processes that run them end together
+    return extremes + _tuned_variants() + _pairwise_variants()  # long ones first: the processes that run them end together

@@ -99,6 +99,22 @@ def test_two_runs_are_bitwise_equal(case: Case, dtype: torch.dtype) -> None:
         assert_same(run(kernel, inputs), first)
 
 
+@pytest.mark.gpu
+@pytest.mark.parametrize("programs", ["few", "many"])
+@pytest.mark.parametrize("model", ["gdn2", "gdn", "mamba2"])
+def test_tuned_sizes_are_causal_and_repeat_to_the_bit(model: str, programs: str) -> None:
+    """Head sizes and dtype of the benchmarks: tiles of their own, which depend on how many programs there are."""
+    size = 64 if model == "mamba2" else 128
+    case = case_of(model, size, size, tokens=200, **({"heads": 1} if programs == "few" else {"heads": 16, "batch": 8}))
+    inputs = make(case).rounded(LOW, DEVICE)
+    first = run(kernel, inputs)
+    assert_same(run(kernel, inputs), first)
+    for position in (1, 64, 77, 150):
+        past, later = run_before(perturbed_after(inputs, case, position), position)
+        assert_same(past, run_before(inputs, position)[0])
+        assert_same(later, {name: torch.zeros_like(x) for name, x in later.items()})
+
+
 def test_either_integer_type_of_cu_seqlens() -> None:
     inputs = make(FULL._replace(layout="packed", documents=(3, 5), tokens=8)).rounded(torch.float32, DEVICE)
     first = run(kernel, inputs)

@@ -40,7 +40,10 @@ def cut(to, d, level: gl.constexpr):
 
 @gluon.jit
 def put_rows(Q_h, K_h, E_h, q, k, b, b_c, B: gl.constexpr, SHARED_B: gl.constexpr, M: gl.constexpr):
-    """q, k and e times 2^n to float16; returns n, of few values: how a row is rounded may not hang on what follows it."""
+    """q, k and e times 2^n to float16; returns n.
+
+    n is 8 while their largest entry is in [2^-9, 2^7), as with keys and queries of length 1: a row is then rounded alike whatever follows it.
+    """
     q_c, k_c = q.load(M).to(gl.float32), k.load(M).to(gl.float32)
     most = gl.maximum(gl.abs(q_c), gl.abs(k_c))
     if B:
