@@ -118,16 +118,20 @@ def autocast(module: nn.Module, device: str, dtype: torch.dtype) -> Callable[...
 
 
 def error_of(entry: Entry, module: nn.Module) -> float:
-    """The largest error of the output and the input's gradient, of the last batch row, against the layer in float64."""
-    x = entry.leaves["x"]
+    """The largest error of the output and of the gradients of input and parameters against the layer in float64, of a loss on the last batch row."""
+    x, names = entry.leaves["x"], [name for name in entry.leaves if name != "x"]
     (y,) = entry.outputs()
-    (dx,) = torch.autograd.grad(y, [x], list(entry.cotangents))
+    cotangent = torch.zeros_like(entry.cotangents[0])
+    cotangent[-1:] = entry.cotangents[0][-1:]
+    dx, *others = torch.autograd.grad(y, list(entry.leaves.values()), [cotangent])
     exact = copy.deepcopy(module).double()
     row = x[-1:].detach().double().requires_grad_()
     y_exact = exact(row)[0]
-    (dx_exact,) = torch.autograd.grad(y_exact, [row], [entry.cotangents[0][-1:].double()])
-    found = problems.errors({"y": y[-1:].detach(), "dx": dx[-1:]}, {"y": y_exact.detach(), "dx": dx_exact})
-    return max(found.values())
+    parameters = dict(exact.named_parameters())
+    dx_exact, *others_exact = torch.autograd.grad(y_exact, [row, *(parameters[name] for name in names)], [cotangent[-1:].double()])
+    got = {"y": y[-1:].detach(), "dx": dx[-1:], **dict(zip(names, others, strict=True))}
+    wanted = {"y": y_exact.detach(), "dx": dx_exact, **dict(zip(names, others_exact, strict=True))}
+    return max(problems.errors(got, wanted).values())
 
 
 def _parser() -> Arguments:
