@@ -122,12 +122,15 @@ def test_the_page_of_the_gpu_tests() -> None:
         summary.Outcome("tests/gpu/test_a.py::one", "passed", 3.0),
         summary.Outcome("tests/gpu/test_a.py::two", "failed", 9.0),
         summary.Outcome("tests/gpu/test_b.py::three", "skipped", 0.0),
+        summary.Outcome("tests/gpu/test_b.py::four", "passed", 1.0, {"dq": [3e-3, 4e-3], "dk": [2e-3, 1e-3]}),
     ]
     text = summary.page(where, outcomes, 61.4, 8)
     assert "**FAILED**" in text
     assert "- `tests/gpu/test_a.py::two`" in text
     assert "| tests/gpu/test_a.py | 1 | 1 | 0 | 0 |" in text
-    assert "| **all** | 1 | 1 | 0 | 1 |" in text
+    assert "| **all** | 2 | 1 | 0 | 1 |" in text
+    assert "| `test_b.py::four` | dk | 2.00e-03 | 1.00e-03 | 3.00e-03 | 4.00e-03 |" in text
+    assert "Errors against" not in summary.page(where, outcomes[:3], 1, 1)
     assert "| duration | 61 s in 8 processes |" in text
     assert text.index("`tests/gpu/test_a.py::two` | 9.0") < text.index("`tests/gpu/test_a.py::one` | 3.0")
     assert "**passed**" in summary.page(where, outcomes[:1], 1, 1)

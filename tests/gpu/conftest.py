@@ -53,10 +53,10 @@ def pytest_terminal_summary(terminalreporter: Any, config: pytest.Config) -> Non
     path = config.getoption("--gpu-summary")
     if path is None:
         return
-    from gpu_summary import OUTCOMES, Outcome, facts, page
+    from gpu_summary import BESIDE, OUTCOMES, Outcome, facts, page
 
-    stats = terminalreporter.stats
-    outcomes = [Outcome(report.nodeid, name, report.duration) for name in OUTCOMES for report in stats.get(name, []) if hasattr(report, "duration")]
+    reports = [(name, report) for name in OUTCOMES for report in terminalreporter.stats.get(name, []) if hasattr(report, "duration")]
+    outcomes = [Outcome(report.nodeid, name, report.duration, dict(report.user_properties).get(BESIDE, {})) for name, report in reports]
     processes = config.getoption("numprocesses", None) or 1
     path.write_text(page(facts(config.getoption("--gpu-commit")), outcomes, time.time() - STARTED, processes), encoding="utf-8")
     terminalreporter.write_line(f"wrote {path}")

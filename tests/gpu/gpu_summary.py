@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import subprocess
 from collections import Counter, defaultdict
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import NamedTuple
@@ -12,6 +12,7 @@ from typing import NamedTuple
 ROOT = Path(__file__).parents[2]
 OUTCOMES = ("passed", "failed", "error", "skipped")
 SLOWEST = 15
+BESIDE = "beside"  # the property of a test that has held our errors against another implementation's: {tensor: [ours, theirs]}
 
 
 class Outcome(NamedTuple):
@@ -20,6 +21,7 @@ class Outcome(NamedTuple):
     test: str  # path::name
     outcome: str
     seconds: float
+    beside: Mapping[str, Sequence[float]] = {}  # errors of ours and of a peer, by tensor
 
 
 class Facts(NamedTuple):
@@ -53,6 +55,12 @@ def _commit() -> str:
     return found.stdout.strip() if found.returncode == 0 else "unknown"
 
 
+def _beside(one: Outcome) -> str:
+    name = max(one.beside, key=lambda tensor: one.beside[tensor][0] / max(one.beside[tensor][1], 1e-30))
+    largest = [max(pair[i] for pair in one.beside.values()) for i in (0, 1)]
+    return f"| `{one.test.rpartition('/')[2]}` | {name} | {' | '.join(f'{x:.2e}' for x in (*one.beside[name], *largest))} |"
+
+
 def page(where: Facts, outcomes: Iterable[Outcome], seconds: float, processes: int) -> str:
     """Markdown."""
     outcomes = list(outcomes)
@@ -70,6 +78,13 @@ def page(where: Facts, outcomes: Iterable[Outcome], seconds: float, processes: i
     lines += [f"| **all** | {' | '.join(str(total[o]) for o in OUTCOMES)} |", ""]
     broken = sorted({one.test for one in outcomes if one.outcome in ("failed", "error")})
     lines += ["Failed:", "", *(f"- `{test}`" for test in broken), ""] if broken else []
+    compared = sorted(one for one in outcomes if one.beside)
+    if compared:
+        lines += [
+            "Errors against float64 (relative, Euclidean norm) on the same inputs: of the tensor whose error is largest beside a peer's, and of all.",
+            "",
+        ]
+        lines += ["| test | tensor | ours | peer's | largest, ours | largest, peer's |", "|---|---|---:|---:|---:|---:|", *map(_beside, compared), ""]
     slow = sorted((one for one in outcomes if one.outcome != "skipped"), key=lambda one: -one.seconds)[:SLOWEST]
     lines += ["| slowest | seconds |", "|---|---:|", *(f"| `{one.test}` | {one.seconds:.1f} |" for one in slow)] if slow else []
     return "\n".join(lines).rstrip() + "\n"

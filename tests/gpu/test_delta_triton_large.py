@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from delta_cases import Inputs, assert_same, cu_seqlens_of, errors, make, random_cotangent, run
 from delta_triton_cases import TOLERANCE, alone_in, case_of, compilations, expected, kernel
 from gpu_cases import DEVICE
+from gpu_summary import BESIDE
 from torch import Tensor
 
 from kernels import delta_rule
@@ -162,7 +163,7 @@ def test_does_not_wait_for_the_device(layout: str) -> None:
 
 
 @pytest.mark.parametrize(("decay", "keys"), [("slow", "apart"), ("mild", "apart"), ("mixed", "apart"), ("slow", "alike"), ("mild", "alike")])
-def test_errors_beside_flash_linear_attention(decay: str, keys: str) -> None:
+def test_errors_beside_flash_linear_attention(decay: str, keys: str, record_property: Callable[[str, object], None]) -> None:
     """Against float64 from the same rounded inputs (q and k normalised before they are rounded), tensor by tensor: at most 1.1 times theirs.
 
     Keys that resemble each other (cosines about 0.9) make the solve multiply what was rounded before it. In the Euclidean norm: the largest of a
@@ -185,6 +186,7 @@ def test_errors_beside_flash_linear_attention(decay: str, keys: str) -> None:
     ours, peer = (
         {name: float((x.double() - wanted[name]).norm() / wanted[name].norm()) for name, x in run(f, inputs).items()} for f in (kernel, theirs)
     )
+    record_property(BESIDE, {name: [error, peer[name]] for name, error in ours.items()})
     if decay != "mixed":  # decays of -1000 are not what it is made for
         assert max(peer.values()) < 0.1, f"not the same function: {peer}"
     assert keys == "alike" or max(ours.values()) < TOLERANCE[torch.bfloat16], ours  # whatever the peer's

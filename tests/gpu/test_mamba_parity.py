@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 import pytest
 import torch
 from gpu_cases import DEVICE
+from gpu_summary import BESIDE
 from mamba_ssm_cases import needs_package, take_one_configuration
 from torch import Tensor
 
@@ -128,7 +129,10 @@ def compared(name: str, backend: str, dtype: torch.dtype) -> tuple[dict[str, flo
     return mine, errors(results(theirs, dict(theirs.named_parameters()), dtype), exact), exact
 
 
-def assert_no_farther(mine: dict[str, float], theirs: dict[str, float], exact: dict[str, Tensor], dtype: torch.dtype) -> None:
+def assert_no_farther(
+    mine: dict[str, float], theirs: dict[str, float], exact: dict[str, Tensor], dtype: torch.dtype, note: Callable[[str, object], None]
+) -> None:
+    note(BESIDE, {key: [value, theirs[key]] for key, value in mine.items()})
     report = "\n".join(f"{key:<16} ours {mine[key]:.2e}  theirs {theirs[key]:.2e}" for key in mine)
     print(report)
     for key, value in mine.items():
@@ -138,10 +142,10 @@ def assert_no_farther(mine: dict[str, float], theirs: dict[str, float], exact: d
 
 @layers
 @dtypes
-def test_delta_is_no_farther_from_float64_than_mamba_ssm(name: str, dtype: torch.dtype) -> None:
+def test_delta_is_no_farther_from_float64_than_mamba_ssm(name: str, dtype: torch.dtype, record_property: Callable[[str, object], None]) -> None:
     mine, theirs, exact = compared(name, "delta", dtype)
     assert max(theirs.values()) < 0.2, f"the two layers are not the same: {theirs}"
-    assert_no_farther(mine, theirs, exact, dtype)
+    assert_no_farther(mine, theirs, exact, dtype, record_property)
 
 
 @pytest.mark.parametrize(
@@ -150,10 +154,10 @@ def test_delta_is_no_farther_from_float64_than_mamba_ssm(name: str, dtype: torch
     + [(name, torch.bfloat16) for name in ("siso", "siso-norm")],  # those kernels are for bfloat16 alone
     ids=str,
 )
-def test_backend_mamba_ssm_is_no_farther_either(name: str, dtype: torch.dtype) -> None:
+def test_backend_mamba_ssm_is_no_farther_either(name: str, dtype: torch.dtype, record_property: Callable[[str, object], None]) -> None:
     """The same kernels; around them the layer is ours."""
     mine, theirs, exact = compared(name, "mamba_ssm", dtype)
-    assert_no_farther(mine, theirs, exact, dtype)
+    assert_no_farther(mine, theirs, exact, dtype, record_property)
 
 
 # --- packed documents and states ---
