@@ -10,7 +10,7 @@ quickstart: .venv/installed
 
 # one process a core with one thread each: torch's threads wait for each other by spinning
 test: lint $(REFERENCES)/installed
-	MAMBA_SSM_FOLDER=$(REFERENCES) OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --durations=15
+	MAMBA_SSM_FOLDER=$(CURDIR)/$(REFERENCES) OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --durations=15
 	TRITON_INTERPRET=1 OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto tests/gpu
 
 # The kernels on a GPU; writes docs/gpu_tests.md. Needs torch, triton and pytest, no .venv: make test-gpu PYTHON_TEST=python3 COMMIT=...

@@ -18,8 +18,8 @@ from mixers import mamba_ssm
 
 # A folder that holds the packages mamba_ssm and einops, where they are not installed: an unpacked wheel is enough for the plain-torch references
 FOLDER = os.environ.get("MAMBA_SSM_FOLDER")
-if FOLDER and FOLDER not in sys.path:
-    sys.path.append(FOLDER)
+if FOLDER:
+    sys.path.append(os.path.abspath(FOLDER))  # tests change the current folder
 WHY_NOT = mamba_ssm.missing()
 needs_package = pytest.mark.skipif(WHY_NOT is not None, reason=f"{WHY_NOT}; or MAMBA_SSM_FOLDER=<a folder with both>")
 
