@@ -94,7 +94,7 @@ class LitLM(LightningModule):
         self.tokens = 0  # positions seen in training, over all ranks and resumed runs
         self.val_nll = TokenNLL()
         self.test_nll = TokenNLL()
-        self._limits_steps = False  # whether the limit on steps is ours
+        self._given_steps: int | None = None  # within a fit: the trainer's own limit on steps, -1 for none
         self._micro_batch: int | None = None  # positions of a micro-batch; the same number on every rank
         self._sums: Tensor | None = None  # [3] of this rank since the last optimizer step: nll, targets, n_bytes
         self._positions = 0  # likewise
@@ -137,19 +137,20 @@ class LitLM(LightningModule):
         sizes = getattr(data, "batch_size", None), getattr(data, "seq_len", None)
         if all(isinstance(size, int) for size in sizes):
             self._micro_batch = math.prod(sizes)  # type: ignore[arg-type]
-        self._limits_steps = self.trainer.max_steps == -1
+        self._given_steps = self.trainer.max_steps
         # Here and not later: what Lightning restores from a checkpoint depends on whether steps are limited.
         self._limit_steps(self.trainer.global_step)
-        if self._limits_steps and self.trainer.max_epochs == LIGHTNING_MAX_EPOCHS:
+        if self._given_steps == -1 and self.trainer.max_epochs == LIGHTNING_MAX_EPOCHS:
             self.trainer.fit_loop.max_epochs = -1
 
     def _limit_steps(self, step: int) -> None:
         """Sets the number of the last optimizer step from the tokens that are left after step number `step`."""
-        if self._limits_steps:
+        if self._given_steps is not None:
             left = max(0, self.max_tokens - self.tokens)
             steps = left if self._micro_batch is None else -(-left // (self._micro_batch * self._replicas * self._accumulate))
             known = self._micro_batch is not None or not left
-            self.trainer.fit_loop.epoch_loop.max_steps = step + steps if known else UNKNOWN_STEPS
+            limit = step + steps if known else UNKNOWN_STEPS
+            self.trainer.fit_loop.epoch_loop.max_steps = limit if self._given_steps == -1 else min(limit, self._given_steps)
 
     @property
     def _replicas(self) -> int:
@@ -177,9 +178,9 @@ class LitLM(LightningModule):
             self.trainer.should_stop = True  # Lightning then validates the final weights
 
     def teardown(self, stage: str) -> None:
-        if stage == "fit" and self._limits_steps:
-            self.trainer.fit_loop.epoch_loop.max_steps = -1  # as it was given
-            self._limits_steps = False
+        if stage == "fit" and self._given_steps is not None:
+            self.trainer.fit_loop.epoch_loop.max_steps = self._given_steps
+            self._given_steps = None
 
     # Steps
 
@@ -288,7 +289,7 @@ class LitLM(LightningModule):
         check_same_model(settings, self.lm.settings, source)
         self.tokens = tokens
         self.guard.skipped = int(checkpoint[HEADER].get("skipped", 0))
-        if self._limits_steps:
+        if self._given_steps is not None:
             self._limit_steps(checkpoint["global_step"])
 
 
