@@ -33,6 +33,14 @@ def _available(index: int | None) -> bool:
     return torch.backends.cuda.is_flash_attention_available() and torch.cuda.get_device_capability(index) >= (8, 0)
 
 
+@cache
+def _grouped() -> Any:
+    """How fewer key/value heads are asked for: torch 2.11 takes them as they come, later ones by a flag."""
+    from torch.nn.attention import varlen  # which loads Triton
+
+    return {"enable_gqa": True} if "enable_gqa" in inspect.signature(varlen.varlen_attn).parameters else {}
+
+
 def attend(q_MHD: Tensor, k_MJD: Tensor, v_MJD: Tensor, cu_seqlens: Tensor, window: int | None, longest: int) -> Tensor:
     """Causal attention within each sequence: token t reads the last `window` tokens, itself included (None: all of them).
 
@@ -44,12 +52,10 @@ def attend(q_MHD: Tensor, k_MJD: Tensor, v_MJD: Tensor, cu_seqlens: Tensor, wind
     Returns:
         [M, H, D].
     """
-    from torch.nn.attention.varlen import varlen_attn
+    from torch.nn.attention import varlen
 
     ends = cu_seqlens.to(device=q_MHD.device, dtype=torch.int32)
-    # torch 2.11 takes fewer key/value heads as they come, later ones by a flag
-    flags: Any = {"enable_gqa": True} if "enable_gqa" in inspect.signature(varlen_attn).parameters else {}
     behind = -1 if window is None else min(window, longest) - 1
-    out = varlen_attn(q_MHD, k_MJD, v_MJD, ends, ends, longest, longest, window_size=(behind, 0), **flags)
+    out = varlen.varlen_attn(q_MHD, k_MJD, v_MJD, ends, ends, longest, longest, window_size=(behind, 0), **_grouped())
     assert isinstance(out, Tensor)  # alone, where nothing else is asked for
     return out

@@ -77,6 +77,17 @@ def newest(rows: Iterable[Row]) -> list[Row]:
     return list({(row.gpu, *row[:8]): row for row in rows}.values())
 
 
+def markdown(names: Iterable[str], rows: Iterable[Iterable[object]]) -> str:
+    """A table with these columns."""
+    lines = [" | ".join(map(str, cells)) for cells in (names, *rows)]
+    return "\n".join([f"| {lines[0]} |", f"|{'---|' * (lines[0].count(' | ') + 1)}", *(f"| {line} |" for line in lines[1:])]) + "\n"
+
+
+def versions_of(row: Row | Training) -> str:
+    """What a row was measured with."""
+    return f"torch {row.torch}, triton {row.triton}, {row.commit}, {row.date}"
+
+
 def table(rows: list[Row]) -> str:
     """Rows as Markdown, sorted by what they time."""
     names = (
@@ -92,13 +103,13 @@ def table(rows: list[Row]) -> str:
         "first call s",
         "versions",
     )
-    lines = [f"| {' | '.join(names)} |", f"|{'---|' * len(names)}"]
+    lines = []
     for row in sorted(rows, key=lambda r: (r.what, r.tokens, r.batch)):
-        versions = f"torch {row.torch}, triton {row.triton}, {row.commit}, {row.date}"
+        versions = versions_of(row)
         sizes = (f"{row.batch} x {row.tokens:,}", row.heads, f"{row.dk}, {row.dv}", row.dtype)
         cells = (row.what, row.impl, *sizes, row.fwd_ms, row.fwd_bwd_ms, row.extra_mib, row.first_call_s, versions)
-        lines.append(f"| {' | '.join(map(str, cells))} |")
-    return "\n".join(lines) + "\n"
+        lines.append(cells)
+    return markdown(names, lines)
 
 
 def trainings_table(rows: Iterable[Training]) -> str:
@@ -115,14 +126,14 @@ def trainings_table(rows: Iterable[Training]) -> str:
         "memory GiB",
         "versions",
     )
-    lines = [f"| {' | '.join(names)} |", f"|{'---|' * len(names)}"]
+    lines = []
     for row in rows:
-        versions = f"torch {row.torch}, triton {row.triton}, {row.commit}, {row.date}"
+        versions = versions_of(row)
         shape = f"{row.batch} x {row.seq_len:,}, {row.accumulate}"
         mfu = f"{float(row.mfu):.1%}" if row.mfu else ""
         speed = (f"{float(row.tokens_per_second):,.0f}", row.ratio, row.tflops_per_second, mfu, row.peak_memory_gib)
-        lines.append(f"| {' | '.join(map(str, (row.recipe, row.strategy, row.devices, shape, *speed, versions)))} |")
-    return "\n".join(lines) + "\n"
+        lines.append((row.recipe, row.strategy, row.devices, shape, *speed, versions))
+    return markdown(names, lines)
 
 
 def plots(rows: Iterable[Row], path: Path) -> list[Path]:
