@@ -6,6 +6,7 @@ The same tests run on a GPU and, with few small cases, in the interpreter.
 from __future__ import annotations
 
 from functools import partial
+from itertools import product
 from typing import Any
 
 import pytest
@@ -39,11 +40,11 @@ def test_agrees_with_float64(variant: Variant, tmp_path_factory: pytest.TempPath
 
 
 def perturbed_after(inputs: Inputs, case: Case, position: int) -> Inputs:
-    """Other inputs from `position` on: values a hundred times as large, and decays of -1000."""
+    """Other inputs from `position` on: values a hundred and queries a thousand times as large, and decays of -1000."""
     other = make(case._replace(decay="-1000"), seed=1)
     leaves = {name: leaf.clone() for name, leaf in inputs.leaves.items()}
     for name in leaves.keys() - {"state"}:
-        leaves[name][:, position:] = other.leaves[name][:, position:].to(leaves[name]) * (100 if name == "v" else 1)
+        leaves[name][:, position:] = other.leaves[name][:, position:].to(leaves[name]) * {"v": 100, "q": 1000}.get(name, 1)
     return inputs._replace(leaves=leaves)
 
 
@@ -109,10 +110,28 @@ def test_tuned_sizes_are_causal_and_repeat_to_the_bit(model: str, programs: str)
     inputs = make(case).rounded(LOW, DEVICE)
     first = run(kernel, inputs)
     assert_same(run(kernel, inputs), first)
-    for position in (1, 64, 77, 150):
-        past, later = run_before(perturbed_after(inputs, case, position), position)
-        assert_same(past, run_before(inputs, position)[0])
+    small = scaled(inputs, torch.tensor(2.0**-12, device=DEVICE))
+    for start, position in product((inputs, small), (1, 64, 77, 150)):
+        past, later = run_before(perturbed_after(start, case, position), position)
+        assert_same(past, run_before(start, position)[0])
         assert_same(later, {name: torch.zeros_like(x) for name, x in later.items()})
+
+
+def scaled(inputs: Inputs, by: Tensor) -> Inputs:
+    """The same with queries and keys times a number, or one a token."""
+    leaves = {name: leaf * by.to(leaf).view(-1, 1, 1) if name in ("q", "k") else leaf for name, leaf in inputs.leaves.items()}
+    return inputs._replace(leaves=leaves)
+
+
+@by_dtype
+@by_model
+def test_queries_and_keys_of_many_sizes(model: str, dtype: torch.dtype) -> None:
+    """Side by side in a chunk, from 1 down to 2^-20: none costs another its digits."""
+    inputs = make(case_of(model, SIZE, SIZE, tokens=130 if ON_GPU else 70, groups=FULL.groups)).rounded(dtype, DEVICE)
+    tokens = inputs.leaves["q"].shape[1]
+    inputs = scaled(inputs, 2.0 ** -(torch.arange(tokens, device=DEVICE) * 7 % 21))
+    found = errors(run(kernel, inputs), expected(inputs))
+    assert max(found.values()) <= TOLERANCE[dtype], found
 
 
 def test_either_integer_type_of_cu_seqlens() -> None:

@@ -1,7 +1,7 @@
 """Gradients of queries, keys, decay and erase gate (README.md, 4.4 to 4.9) on Hopper: what `_triton/dscores.py` computes, and the scores' gradients.
 
-For a decay per channel the operands of products with dP and dT are float16 times a power of two: with the 8 bits of bfloat16 the gradients were up to
-1.6 times as wrong.
+For a decay per channel the operands of products with dP and dT are float16 times a power of two, a row's own: with the 8 bits of bfloat16 the
+gradients were up to 1.6 times as wrong. With 2^n_r for row r of q, k and e, dP_rs and dT_rs take 2^(n + 16 - n_r - n_s), results 2^(n_r - n - 16).
 
 Shapes: C = 64 rows a chunk, H key heads, HV value heads, K key size, V value size, BK channels a program, BV value columns a block.
 Gates: 0 absent, 1 scalar, 2 channel. Inputs are [tokens, heads, channels] with token strides S_x or [chunks, HV, C, ..]; results
@@ -13,7 +13,7 @@ from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.ampere import async_copy
 from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared, warpgroup_mma, warpgroup_mma_wait
 
-from kernels.delta._gluon.dtree import decay_gradient, plain_gradients, through_decay, through_row_decay, tree_gradients
+from kernels.delta._gluon.dtree import decay_gradient, plain_gradients, put_rows, through_decay, through_row_decay, tree_gradients
 from kernels.delta._gluon.shared import (
     barrier,
     chunk_rows,
@@ -32,6 +32,8 @@ from kernels.delta._gluon.shared import (
     tile,
     within,
 )
+
+MIDDLE = gl.constexpr(8)  # the exponent that most rows have (`put_rows`)
 
 
 @gluon.jit
@@ -81,8 +83,9 @@ def score_gradients(
 
 
 @gluon.jit
-def put_scores(P_s, T_s, diagonal, dP, dT, sums, scale, G: gl.constexpr, B: gl.constexpr, C: gl.constexpr, M: gl.constexpr):
-    """dP and dT (4.5), times the decay of a head. For a decay per channel times 2^n, without dP's diagonal, which is kept for itself; returns n."""
+def put_scores(P_s, T_s, diagonal, dP, dT, sums, scale, exponents, G: gl.constexpr, B: gl.constexpr, C: gl.constexpr, M: gl.constexpr):
+    """dP and dT (4.5), times the decay of a head. For a decay per channel without dP's diagonal, which is kept for itself, and times 2^n over what
+    both rows of a pair were multiplied by; returns n. Only pairs of rows with a gradient count for n."""
     r = gl.expand_dims(gl.arange(0, C, layout=gl.SliceLayout(1, M)), 1)
     s = gl.expand_dims(gl.arange(0, C, layout=gl.SliceLayout(0, M)), 0)
     dP, dT = dP * scale, gl.where(r > s, dT, 0.0)
@@ -97,10 +100,13 @@ def put_scores(P_s, T_s, diagonal, dP, dT, sums, scale, G: gl.constexpr, B: gl.c
         dP, dT = dP * x, dT * x
     n = 0
     if G == 2:
+        x = gl.expand_dims(power_of_two(MIDDLE - exponents.load(gl.SliceLayout(1, M))), 1)
+        x = x * gl.expand_dims(power_of_two(MIDDLE - exponents.load(gl.SliceLayout(0, M))), 0)
+        dP, dT = dP * x, dT * x
         most = gl.abs(dP)
         if B:
             most = gl.maximum(most, gl.abs(dT))
-        n = exponent_to_half(most, 0, 100)
+        n = exponent_to_half(gl.max(most), 0, 80)
         dP, dT = dP * power_of_two(n), dT * power_of_two(n)
     P_s.store(dP.to(P_s.dtype))
     if B:
@@ -190,21 +196,26 @@ def dscores_kernel(
     if G == 1:
         sums.store(sums_from_the_start(log2_decay(rows_of(g, rows, S_G, C, ROW))))
     dP, dT = score_gradients(do_s, dZ_s, R_s, do, dZ, R, rows, S_O, B, V, C, BV, SQUARE)
-    operand: gl.constexpr = gl.float16 if G == 2 else dtype
-    P_s, T_s = shared_tile(operand, C, C), shared_tile(operand, C, C)
-    n = put_scores(P_s, T_s, diagonal, dP, dT, sums, scale, G, B, C, SQUARE)
     b_c = dP  # not read
     if B == 1:
         b_c = gl.expand_dims(gl.load(b + r * S_B, mask=r < rows, other=0.0).to(gl.float32), 1)
     if B == 2 and not SHARED_B:
         b_c = tile(b, rows, S_B, C, BK, M)
+    exponents = shared_row(C, gl.int32)
+    if G == 2:
+        q_h, k_h, e_h = shared_tile(gl.float16, C, BK), shared_tile(gl.float16, C, BK), shared_tile(gl.float16, C, BK)
+        exponents.store(put_rows(q_h, k_h, e_h, q_s, k_s, b_s, b_c, B, SHARED_B, M))
+        barrier()
+    operand: gl.constexpr = gl.float16 if G == 2 else dtype
+    P_s, T_s = shared_tile(operand, C, C), shared_tile(operand, C, C)
+    n = put_scores(P_s, T_s, diagonal, dP, dT, sums, scale, exponents, G, B, C, SQUARE)
 
     # --- through the scores and the states
     if G == 2:
-        tree_q, tree_e, tree_k, n_rows = tree_gradients(sums, q_s, k_s, b_s, b_c, P_s, T_s, B, SHARED_B, C, BK, M)
+        tree_q, tree_e, tree_k = tree_gradients(sums, q_h, k_h, e_h, P_s, T_s, B, C, BK, M)
     dq_c, de_c, dk_c, dgamma = state_gradients(do_s, dZ_s, R_s, S_s, dS_s, do, dZ, R, S, dS, rows, S_O, B, V, C, BK, BV, M, WIDE)
     if G == 2:
-        one = power_of_two(-n - n_rows)
+        one = gl.expand_dims(power_of_two(exponents.load(gl.SliceLayout(1, M)) - n - 2 * MIDDLE), 1)
         dq_c, de_c, dk_c, dtotal = through_decay(dq_c, de_c, dk_c, dgamma, sums, k_s, C, BK, M)
         dq_c, de_c, dk_c = dq_c * scale + tree_q * one, de_c + tree_e * one, dk_c + tree_k * one
     else:

@@ -40,9 +40,9 @@ def cut(to, d, level: gl.constexpr):
 
 @gluon.jit
 def put_rows(Q_h, K_h, E_h, q, k, b, b_c, B: gl.constexpr, SHARED_B: gl.constexpr, M: gl.constexpr):
-    """q, k and e times 2^n to float16; returns n.
+    """q, k and e times 2^n to float16; returns n, for each row by what is in that row: it is rounded alike whatever follows it.
 
-    n is 8 while their largest entry is in [2^-9, 2^7), as with keys and queries of length 1: a row is then rounded alike whatever follows it.
+    n is 8 for rows whose largest entry is in [2^-9, 2^7), as with keys and queries of length 1.
     """
     q_c, k_c = q.load(M).to(gl.float32), k.load(M).to(gl.float32)
     most = gl.maximum(gl.abs(q_c), gl.abs(k_c))
@@ -51,11 +51,12 @@ def put_rows(Q_h, K_h, E_h, q, k, b, b_c, B: gl.constexpr, SHARED_B: gl.constexp
             b_c = b.load(M)
         e_c = k_c * b_c.to(gl.float32)
         most = gl.maximum(most, gl.abs(e_c))
-    n = exponent_to_half(most, 4, 24)
-    Q_h.store((q_c * power_of_two(n)).to(gl.float16))
-    K_h.store((k_c * power_of_two(n)).to(gl.float16))
+    n = exponent_to_half(gl.max(most, 1), 4, 24)
+    to_half = gl.expand_dims(power_of_two(n), 1)
+    Q_h.store((q_c * to_half).to(gl.float16))
+    K_h.store((k_c * to_half).to(gl.float16))
     if B:
-        E_h.store((e_c * power_of_two(n)).to(gl.float16))
+        E_h.store((e_c * to_half).to(gl.float16))
     return n
 
 
@@ -98,20 +99,16 @@ def add_level(
 
 
 @gluon.jit
-def tree_gradients(
-    sums, q, k, b, b_c, dP, dT, B: gl.constexpr, SHARED_B: gl.constexpr, C: gl.constexpr, BK: gl.constexpr, M: gl.constexpr
-):  # fmt: skip
-    """What (4.6) sums over pairs of rows, but for the diagonal of dP, times 2^n beside what dP and dT hold; and n."""
+def tree_gradients(sums, q, k, e, dP, dT, B: gl.constexpr, C: gl.constexpr, BK: gl.constexpr, M: gl.constexpr):
+    """What (4.6) sums over pairs of rows, but for the diagonal of dP; times what q, k, e and dP, dT hold."""
     dq, de, dk = gl.zeros([C, BK], gl.float32, layout=M), gl.zeros([C, BK], gl.float32, layout=M), gl.zeros([C, BK], gl.float32, layout=M)
-    Q_h, K_h, E_h = shared_tile(gl.float16, C, BK), shared_tile(gl.float16, C, BK), shared_tile(gl.float16, C, BK)
-    n = put_rows(Q_h, K_h, E_h, q, k, b, b_c, B, SHARED_B, M)
     P_l, T_l = shared_tile(gl.float16, C, C), shared_tile(gl.float16, C, C)
     Q_x, K_x, E_x = shared_tile(gl.float16, C, BK), shared_tile(gl.float16, C, BK), shared_tile(gl.float16, C, BK)
     barrier()
     G = sums.load(M)
     for level in gl.static_range(6):
-        dq, de, dk = add_level(dq, de, dk, G, sums, Q_h, K_h, E_h, dP, dT, P_l, T_l, Q_x, K_x, E_x, level, B, C, BK, M)
-    return dq, de, dk, n
+        dq, de, dk = add_level(dq, de, dk, G, sums, q, k, e, dP, dT, P_l, T_l, Q_x, K_x, E_x, level, B, C, BK, M)
+    return dq, de, dk
 
 
 @gluon.jit

@@ -121,9 +121,9 @@ def log2_decay(g):
 
 
 @gluon.jit
-def shared_row(BK: gl.constexpr):
-    """Room for BK float32."""
-    return gl.allocate_shared_memory(gl.float32, [BK], gl.SwizzledSharedLayout(1, 1, 1, [0]))
+def shared_row(BK: gl.constexpr, dtype: gl.constexpr = gl.float32):
+    """Room for BK numbers of 32 bits."""
+    return gl.allocate_shared_memory(dtype, [BK], gl.SwizzledSharedLayout(1, 1, 1, [0]))
 
 
 @gluon.jit
@@ -139,12 +139,12 @@ def shared_sums(C: gl.constexpr, BK: gl.constexpr):
 
 
 @gluon.jit
-def exponent_to_half(magnitudes, STEP: gl.constexpr, MOST: gl.constexpr):
-    """n, within MOST, that brings the largest of a tile below 2^15 when times 2^n, and not below 2^(15 - 2^STEP); NaN does not count.
+def exponent_to_half(largest, STEP: gl.constexpr, MOST: gl.constexpr):
+    """n, within MOST, that brings the largest magnitude of some numbers below 2^15 when times 2^n, and not below 2^(15 - 2^STEP).
 
-    What float16 then loses is less than 2^-24 of the largest, for STEP up to 4. n is the same for tiles whose largest are near each other.
+    What float16 then loses is less than 2^-24 of the largest, for STEP up to 4. n is the same where the largest are near each other.
     """
-    exponent = (gl.max(magnitudes).to(gl.int32, bitcast=True) >> 23) - 127
+    exponent = (largest.to(gl.int32, bitcast=True) >> 23) - 127
     n = ((22 - exponent) >> STEP << STEP) - 8
     return gl.minimum(gl.maximum(n, -MOST), MOST)
 
