@@ -21,8 +21,9 @@ from lit_modules.data.windows import IGNORED, Batch
 from lit_modules.decoder_lm import DecoderLM
 from lit_modules.metrics import SequenceNLL, TokenNLL, scores, sequence_nll, token_nll
 from lit_modules.optim import build_adamw, cosine_lr, describe_groups, group_table, optimizer_groups, scale_and_clip
-from lit_modules.parallel import FSDP2, reshard
+from lit_modules.parallel import FSDP2, STRATEGIES
 from lit_modules.resume import Resume
+from lit_modules.units import reshard
 from mixers.errors import ConfigError
 
 __all__ = ["LitLM", "load_lm", "read_checkpoint"]
@@ -131,7 +132,7 @@ class LitLM(LightningModule):
         strategy = self.trainer.strategy
         if isinstance(strategy, (FSDPStrategy, DeepSpeedStrategy, ModelParallelStrategy)) and not isinstance(strategy, FSDP2):
             name = type(strategy).__name__.removesuffix("Strategy")
-            raise ConfigError(f"trainer.strategy: {name} is not supported (legal: auto, ddp, fsdp2, fsdp2_sharded_checkpoint)")
+            raise ConfigError(f"trainer.strategy: {name} is not supported (legal: {', '.join(STRATEGIES)})")
         self._micro_batch = None
         data = getattr(self.trainer, "datamodule", None)
         sizes = getattr(data, "batch_size", None), getattr(data, "seq_len", None)

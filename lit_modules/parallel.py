@@ -1,4 +1,4 @@
-"""Several processes: the strategies that a config may name; FSDP2: what is gathered together, in which dtype, checkpoints that any strategy reads.
+"""Several processes: the strategies that a config may name; FSDP2, with checkpoints that any strategy reads.
 
 FSDP2 keeps parameters, gradients and optimizer state of a model in shards, one on each process, and gathers the parameters of a unit while it runs.
 """
@@ -8,10 +8,11 @@ from __future__ import annotations
 import os
 import signal
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, nullcontext
 from datetime import timedelta
 from pathlib import Path
-from typing import Any, NamedTuple, cast, final
+from typing import Any, final
 
 import torch
 from lightning.pytorch.strategies import DeepSpeedStrategy, FSDPStrategy, ModelParallelStrategy, StrategyRegistry
@@ -25,16 +26,16 @@ from torch.distributed.checkpoint.state_dict import (
 )
 from torch.distributed.checkpoint.state_dict_loader import load
 from torch.distributed.constants import default_pg_timeout
-from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
+from torch.distributed.fsdp import FSDPModule
 from torch.optim import Optimizer
 
 from lit_modules.decoder_lm import DecoderLM
 from lit_modules.saving import write
 from lit_modules.sharded import META, named, numbered
+from lit_modules.units import reshard, shard, unsummed_gradients
 from mixers.errors import ConfigError, unknown
 
-STRATEGIES = ("auto", "ddp", "fsdp2", "fsdp2_sharded_checkpoint")
+STRATEGIES = ("auto", "ddp", "fsdp2", "fsdp2_zero2", "fsdp2_sharded_checkpoint")
 PRECISIONS = ("32-true", "64-true", "bf16-mixed", "bf16-true")  # of fsdp2, and of CPUs
 
 
@@ -101,80 +102,6 @@ def _ended_child(seconds: float = 1.0) -> str | None:
     return None
 
 
-class Unit(NamedTuple):
-    """Parameters that are gathered when a module's forward begins, in one collective."""
-
-    module: nn.Module
-    names: frozenset[str]  # in the model
-    matrices: bool  # weights of linear layers, which autocast would round anyway
-    keep: bool  # gathered until the backward pass is through, not anew for it
-
-
-def plan(lm: DecoderLM) -> list[Unit]:
-    """The units of a model, every parameter in exactly one.
-
-    - A block: the linear layers in it.
-    - Its mixer: the parameters that stay float32, in a unit of their own since they are never cast, whatever the precision.
-    - The embedding, and the head.
-    - The model: what is left. Norms, convolutions and what several blocks share is small, and read where no forward of its own gathers it.
-
-    Raises:
-        TypeError: a parameter that stays float32 is shared by several mixers.
-    """
-    first = {parameter: name for name, parameter in lm.named_parameters()}  # a shared one has several names
-    every = list(lm.named_parameters(remove_duplicate=False))
-    fp32 = {first[parameter] for name, parameter in every if name in lm.parameter_groups().fp32}
-    linear = {first[p] for module in lm.modules() if isinstance(module, nn.Linear) for p in module.parameters(recurse=False)} - fp32
-    owners: dict[str, set[str]] = {name: set() for name in first.values()}  # blocks, embedding, head or norm
-    for name, parameter in every:
-        owners[first[parameter]].add(".".join(name.split(".")[: 2 if name.startswith("layers.") else 1]))
-    if shared := sorted(name for name in fp32 if len(owners[name]) > 1):
-        raise TypeError(f"{shared[0]}: stays float32 and is in several mixers; fsdp2 takes it in one")
-    units = []
-    for i, block in enumerate(lm.layers):
-        own = {name for name, where in owners.items() if where == {f"layers.{i}"}}
-        units.append(Unit(block, frozenset(own & linear), matrices=True, keep=False))
-        units.append(Unit(cast(nn.Module, block.mixer), frozenset(own & fp32), matrices=False, keep=True))
-    units.append(Unit(lm.embedding, frozenset(name for name, where in owners.items() if where == {"embedding"}), matrices=False, keep=False))
-    units.append(Unit(lm.head, frozenset(name for name, where in owners.items() if where == {"head"}), matrices=True, keep=True))
-    rest = frozenset(owners).difference(*(unit.names for unit in units))
-    return [Unit(lm, rest, matrices=False, keep=True), *(unit for unit in units if unit.names)]
-
-
-def shard(lm: DecoderLM, mesh: DeviceMesh, precision: str) -> None:
-    """Applies FSDP2 to a model, in place.
-
-    The result is that of one device in the same precision. Under bf16-mixed, matrices are gathered in bfloat16, to which autocast would round them
-    on one device too: half the bytes to send, and no second copy. All else stays in its own dtype, inputs included: autocast does the rest.
-    Gradients are summed over processes in at least float32, since a sum in bfloat16 would lose more the more there are.
-
-    Args:
-        lm: on the meta device or not.
-        mesh: one dimension, over which data and parameters are divided.
-        precision: one of `PRECISIONS`.
-    """
-    half = precision.startswith("bf16")
-    for unit in plan(lm):
-        fully_shard(
-            unit.module,
-            mesh=mesh,
-            reshard_after_forward=not unit.keep,
-            mp_policy=MixedPrecisionPolicy(
-                param_dtype=torch.bfloat16 if unit.matrices and precision == "bf16-mixed" else None,
-                reduce_dtype=torch.float32 if half else None,
-                cast_forward_inputs=False,
-            ),
-            ignored_params={parameter for name, parameter in lm.named_parameters() if name not in unit.names},
-        )
-
-
-def reshard(model: nn.Module) -> None:
-    """Frees what a forward without a backward pass has left gathered, which stands in the place of the parameters. Changes no other model."""
-    for module in model.modules():
-        if isinstance(module, FSDPModule):
-            module.reshard()
-
-
 def leave() -> None:
     """Ends the connection with the other processes when all are through. One that exits without may abort, once in a while."""
     if torch.distributed.is_initialized():
@@ -191,6 +118,9 @@ class FSDP2(ModelParallelStrategy):
         save_distributed_checkpoint: Whether each process writes its shard into a folder. Otherwise the main process gathers all in its memory.
         process_group_backend: Of torch.distributed; null: nccl on GPUs, gloo on CPUs.
         timeout: After which a process that waits for the others gives up.
+        reshard_after_forward: Whether a block's parameters are gathered anew for its backward pass. Without it (ZeRO-2) all stay gathered until
+            then, and gradients are whole until the last micro-batch of a step, whose backward pass sums them over the processes: less to send, for
+            some 2 bytes a parameter (bf16-mixed) and 4 more where micro-batches are accumulated.
     """
 
     def __init__(
@@ -198,6 +128,7 @@ class FSDP2(ModelParallelStrategy):
         save_distributed_checkpoint: bool = False,
         process_group_backend: str | None = None,
         timeout: timedelta | None = default_pg_timeout,
+        reshard_after_forward: bool = True,
     ) -> None:
         super().__init__(
             tensor_parallel_size=1,
@@ -205,6 +136,7 @@ class FSDP2(ModelParallelStrategy):
             process_group_backend=process_group_backend,
             timeout=timeout,
         )
+        self._reshard = reshard_after_forward
         self._folder: Path | None = None  # the sharded checkpoint that is being read
 
     def _configure_launcher(self) -> None:
@@ -220,7 +152,14 @@ class FSDP2(ModelParallelStrategy):
     def shard(self, lm: DecoderLM) -> None:
         """Applies FSDP2, if it has not been."""
         if not isinstance(lm, FSDPModule):
-            shard(lm, self.device_mesh["data_parallel"], str(self.precision_plugin.precision))
+            precision = str(self.precision_plugin.precision)
+            shard(lm, self.device_mesh["data_parallel"], precision, reshard_after_forward=self._reshard)
+
+    @contextmanager
+    def block_backward_sync(self) -> Iterator[None]:
+        """Around the backward pass of every micro-batch of a step but the last."""
+        with nullcontext() if self._reshard else unsummed_gradients(self._whole):
+            yield
 
     # Checkpoints. Under FSDP2 Lightning numbers the parameters of an optimizer's state in the model's order; under all other strategies torch numbers
     # them, in the order of the optimizer's groups. From a file of the one the other would give states to wrong parameters, without a word.
@@ -284,6 +223,13 @@ class FSDP2(ModelParallelStrategy):
 
 
 StrategyRegistry.register("fsdp2", FSDP2, description="FSDP2 over all processes; checkpoints are one file", override=True)
+StrategyRegistry.register(
+    "fsdp2_zero2",
+    FSDP2,
+    description="FSDP2 with parameters gathered once a micro-batch, and gradients summed once a step",
+    override=True,
+    reshard_after_forward=False,
+)
 StrategyRegistry.register(
     "fsdp2_sharded_checkpoint",
     FSDP2,

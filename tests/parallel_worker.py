@@ -30,6 +30,7 @@ CASES = [(model, precision) for model in MODELS for precision in ("64-true", "32
 RESUMED = [("mamba3-kda", "64-true"), ("gdn2-swa", "32-true")]  # go on from checkpoints of all strategies
 # Who wrote a checkpoint, and which two processes go on from it
 CROSSED = [("auto", "fsdp2"), ("fsdp2", "ddp"), ("auto", "ddp"), ("ddp", "fsdp2"), ("folder", "fsdp2")]
+STRATEGIES = ("ddp", "fsdp2", "fsdp2_zero2")
 HALVES = ("bf16-mixed", "bf16-true")
 
 
@@ -146,7 +147,7 @@ def on_two(folder: Path) -> dict[Any, Any]:
     """Every training of two processes, those that go on from the checkpoints of one process included."""
     results: dict[Any, Any] = {}
     for model, precision in CASES:
-        for strategy in ("ddp", "fsdp2"):
+        for strategy in STRATEGIES:
             save = folder / f"{strategy}-{precision}.ckpt" if (model, precision) in RESUMED else None
             results[model, precision, strategy] = train(model, precision, strategy, save=save)
     for model, precision in RESUMED:

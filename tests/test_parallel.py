@@ -21,8 +21,9 @@ from cli_cases import fill
 from lit_cases import make_lm, make_trainer, one_thread  # noqa: F401
 
 from lit_modules.checkpoint import load_lm, read_checkpoint
-from lit_modules.parallel import check_precision, check_strategy_name, lost_process, plan
+from lit_modules.parallel import STRATEGIES, check_precision, check_strategy_name, lost_process
 from lit_modules.sharded import read_sharded
+from lit_modules.units import plan
 from mixers.errors import ConfigError
 from recipes.__main__ import main
 
@@ -78,13 +79,13 @@ def assert_same(got: Results, expected: Results, precision: str, *, steps: int) 
 # --- training ---
 
 
-@pytest.mark.parametrize("strategy", ["ddp", "fsdp2"])
+@pytest.mark.parametrize("strategy", worker.STRATEGIES)
 @pytest.mark.parametrize(("model", "precision"), worker.CASES)
 def test_two_processes_train_as_one(model: str, precision: str, strategy: str, one: Results, two: Results) -> None:
     expected = one[model, precision]
     assert any(row["train/grad_norm"] > 0.5 for row in expected["rows"])  # clipped
     assert_same(two[model, precision, strategy], expected, precision, steps=worker.STEPS)
-    assert two[model, precision, strategy]["sharded"] == [strategy == "fsdp2"] * len(expected["weights"])  # behind a validation
+    assert two[model, precision, strategy]["sharded"] == [strategy != "ddp"] * len(expected["weights"])  # behind a validation
 
 
 @pytest.mark.parametrize("strategy", ["ddp", "fsdp2"])
@@ -145,7 +146,7 @@ def test_other_precisions_are_refused() -> None:
         make_trainer(strategy="fsdp2", devices=2, precision="16-true")
 
 
-@pytest.mark.parametrize("name", ["auto", "ddp", "ddp_find_unused_parameters_true", "ddp_fork", "single_device", "fsdp2", "fsdp2_sharded_checkpoint"])
+@pytest.mark.parametrize("name", [*STRATEGIES, "ddp_find_unused_parameters_true", "ddp_fork", "single_device"])
 def test_strategies_that_train_are_not_refused(name: str) -> None:
     check_strategy_name(name)
 
