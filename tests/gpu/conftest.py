@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -23,8 +23,14 @@ def pytest_ignore_collect() -> bool | None:
     return None if ON_GPU or INTERPRETED else True
 
 
-def pytest_collection_modifyitems(items: Sequence[pytest.Item]) -> None:
-    """Tests marked `gpu` need one: sizes and dtypes that the interpreter has no time or no means for."""
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Tests marked `gpu` need one: sizes and dtypes that the interpreter has no time or no means for. Those marked `long` begin early, each in
+    another process."""
+    long = [item for item in items if item.get_closest_marker("long")]
+    rest = [item for item in items if item not in long]
+    for n, item in enumerate(long):
+        rest.insert(n * (len(rest) // 50), item)  # a process gets a fourth of its share at first
+    items[:] = rest
     for item in items:
         if item.get_closest_marker("gpu") and not ON_GPU:
             item.add_marker(pytest.mark.skip(reason="needs a GPU"))

@@ -57,7 +57,7 @@ LAYERS = {
     ),
 }
 NAMES = {"mamba2": mamba2.MAMBA_SSM, "mamba3": mamba3.MAMBA_SSM}
-layers = pytest.mark.parametrize("name", LAYERS)
+layers = pytest.mark.parametrize("name", [pytest.param(name, marks=[pytest.mark.long] if name == "mimo" else []) for name in LAYERS])
 dtypes = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 
 

@@ -53,6 +53,7 @@ def end(root: Path) -> dict[str, Any]:
     return read_checkpoint(max(root.glob("*/checkpoints/last.ckpt"), key=lambda file: file.stat().st_mtime))
 
 
+@pytest.mark.long
 def test_killed_twice_and_resumed_to_the_bit(tmp_path: Path) -> None:
     """Layers of GDN-2 and windows of attention, in bfloat16: losses, weights and optimizer state of the training that nobody killed."""
     whole, cut = tmp_path / "whole", tmp_path / "cut"
