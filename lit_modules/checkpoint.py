@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import inspect
-import pickle
 import zipfile
 from collections.abc import Mapping
 from pathlib import Path
@@ -123,8 +122,8 @@ def read_checkpoint(path: str | Path) -> dict[str, Any]:
         raise ConfigError(f"{path}: is truncated, or not a checkpoint")
     try:
         checkpoint = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-    except (pickle.UnpicklingError, RuntimeError, EOFError, OSError) as error:
-        raise ConfigError(f"{path}: cannot be read as a checkpoint: {str(error).splitlines()[0]}") from error
+    except Exception as error:  # of many kinds, where the bytes are not what was written
+        raise ConfigError(f"{path}: cannot be read as a checkpoint: {next(iter(str(error).splitlines()), type(error).__name__)}") from error
     if not isinstance(checkpoint, dict):
         raise ConfigError(f"{path}: is not a checkpoint of lightning-mixers (it holds a {type(checkpoint).__name__})")
     return checkpoint

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pickle
 import warnings
+import zlib
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -18,7 +19,17 @@ from lit_modules.checkpoint import read_checkpoint
 from mixers.errors import ConfigError
 
 META = "meta.pt"  # Lightning's name for the file with all that is no tensor
-INDEX = ".metadata"  # torch's, for what lies where; written last
+INDEX = ".metadata"  # torch's, for what lies where: a pickle, which has no checksum of its own
+CHECKSUM = "metadata.crc32"  # of INDEX, in hexadecimal digits; written last
+
+
+def seal(folder: Path) -> None:
+    """Writes the checksum of the index. All else in a sharded checkpoint is an archive that has its own."""
+    (folder / CHECKSUM).write_text(_crc32((folder / INDEX).read_bytes()))
+
+
+def _crc32(content: bytes) -> str:
+    return f"{zlib.crc32(content):08x}"
 
 
 def read_index(folder: Path, source: str) -> Metadata:
@@ -29,14 +40,16 @@ def read_index(folder: Path, source: str) -> Metadata:
         source: what errors call it.
 
     Raises:
-        ConfigError: no folder, no sharded checkpoint, or one with a missing or truncated file.
+        ConfigError: no folder, no sharded checkpoint, or one with a missing or truncated file or a damaged index.
     """
     if not folder.is_dir():
         raise ConfigError(f"{source}: is not a folder; a sharded checkpoint is one" if folder.exists() else f"{source}: no such folder")
-    for name in (META, INDEX):
+    for name in (META, INDEX, CHECKSUM):
         if not (folder / name).is_file():
             raise ConfigError(f"{source}: is no sharded checkpoint, or one that was never finished (it holds no {name})")
     try:
+        if _crc32((folder / INDEX).read_bytes()).encode() != (folder / CHECKSUM).read_bytes():
+            raise ConfigError(f"{source}: is damaged: its {INDEX} does not match its checksum")
         index: Metadata = FileSystemReader(folder).read_metadata()
         ends: dict[str, int] = {}
         for place in (index.storage_data or {}).values():

@@ -66,7 +66,7 @@ class Noisy(Attention):
 class Fault(NamedTuple):
     """Something that happens when a point of the training is passed for the given time."""
 
-    point: str  # micro_batch, optimizer, validation, write, before_rename, after_rename
+    point: str  # micro_batch, optimizer, validation, write, before_rename, after_rename, between_renames (of a folder that replaces another)
     time: int
     what: int | str  # a signal, or full: from here on the disk is
     rank: int = 0
@@ -133,7 +133,15 @@ def inject(fault: Fault | None, rank: int, run: int) -> None:
         if happens("after_rename"):
             act()
 
-    torch.save, intact.replace = torch.save if fault is None else torn, renamed
+    rename = Path.rename
+
+    def moved(self: Path, to: Path) -> Path:
+        done = rename(self, to)
+        if done.name.endswith(".old.ckpt") and happens("between_renames"):
+            act()
+        return done
+
+    torch.save, intact.replace, Path.rename = torch.save if fault is None else torn, renamed, moved
 
 
 class Ran(NamedTuple):
@@ -291,6 +299,7 @@ TWO = {  # strategies of two processes, and what happens to one of them
     },
     "fsdp2_sharded_checkpoint": {
         "killed before a checkpoint is renamed": Fault("before_rename", 4, KILL),
+        "killed between the renames": Fault("between_renames", 2, KILL),
         "disk full": Fault("micro_batch", 4, "full", 1),
     },
 }

@@ -255,7 +255,7 @@ def test_consolidate_refuses_what_is_none(folder: Path, two: Results, tmp_path: 
         (["file"], "is not a folder"),
         (["empty"], r"is no sharded checkpoint, or one that was never finished \(it holds no meta.pt\)"),
         (["unfinished"], r"never finished \(it holds no .metadata\)"),
-        (["pickle"], "its .metadata cannot be read"),
+        (["pickle"], "its .metadata does not match its checksum"),
         (["missing"], r"the shard __1_0.distcp is missing \(it has 2\)"),
         (["short"], "the shard __1_0.distcp is truncated"),
         (["foreign"], "it has no key 'lightning_mixers'"),

@@ -13,6 +13,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +24,7 @@ import torch.distributed.checkpoint as dcp
 from lit_modules import intact
 from lit_modules.checkpoint import read_checkpoint
 from lit_modules.intact import check_intact
+from lit_modules.sharded import seal
 from mixers.errors import ConfigError
 from recipes.__main__ import main
 from recipes.commands.checkpoints import with_checkpoint
@@ -197,9 +199,13 @@ def test_two_processes(results: dict[str, Result], what: str, codes: list[int]) 
 
 
 @pytest.mark.fault(
-    "sharded checkpoint not finished", "FSDP2, 2 processes: SIGKILL before the folder is renamed; disk full for the second process", NOTHING
+    "sharded checkpoint not finished",
+    "FSDP2, 2 processes: SIGKILL before the folder is renamed, and when the one before has another name; disk full for the second process",
+    NOTHING,
 )
-@pytest.mark.parametrize(("what", "codes"), [("killed before a checkpoint is renamed", [-9, 1]), ("disk full", [2, 2])])
+@pytest.mark.parametrize(
+    ("what", "codes"), [("killed before a checkpoint is renamed", [-9, 1]), ("killed between the renames", [-9, 1]), ("disk full", [2, 2])]
+)
 def test_sharded_checkpoints(results: dict[str, Result], what: str, codes: list[int]) -> None:
     result = results[f"fsdp2_sharded_checkpoint: {what}"]
     assert result["codes"] == [codes]
@@ -270,6 +276,32 @@ def test_a_missing_checkpoint_is_refused(here: Path) -> None:
     assert refused("last").endswith("has a last.ckpt to go on from")
 
 
+@pytest.mark.fault("missing checkpoint, with an older run beside it", "last.ckpt of the newest run removed; all of its checkpoints", ONE_LINE, each=2)
+@pytest.mark.parametrize("name", ["last", "auto"])
+def test_an_older_run_does_not_stand_in_for_the_newest(here: Path, name: str) -> None:
+    run = here.parents[1]
+    older = shutil.copytree(run, run.with_name("older"))
+    for file in older.rglob("*"):
+        os.utime(file, (file.stat().st_mtime - 100,) * 2)
+    here.unlink()
+    line = refused(name)
+    assert line.startswith(
+        f"ckpt_path: {here} does not exist, and its run is the newest; the last good checkpoint of this run is {here.parent.absolute()}"
+    )
+    shutil.rmtree(here.parent)
+    line = refused(name)
+    assert line.startswith(f"ckpt_path: {here.parent} holds no checkpoint any more, but its run, the newest, has taken 9 steps and saved one every 3")
+    assert f"the last good checkpoint of another run is {older}" in line
+    (run / "metrics.csv").unlink()  # a run that has not taken a step has lost nothing
+    assert with_checkpoint(collect(["--config=config.yaml", f"--ckpt_path={name}"]))[1] == older / "checkpoints" / "last.ckpt"
+
+
+def test_auto_goes_on_from_a_folder_of_its_own(here: Path) -> None:
+    shutil.move(here.parent, "elsewhere")
+    request = collect(["--config=config.yaml", "--ckpt_path=auto", "--checkpoint.dirpath=elsewhere"])
+    assert with_checkpoint(request)[1] == Path("elsewhere/last.ckpt")
+
+
 @pytest.mark.usefixtures("here")
 def test_auto_begins_where_nothing_was_saved(capsys: pytest.CaptureFixture[str]) -> None:
     request = collect(["--config=config.yaml", "--ckpt_path=auto"])
@@ -287,12 +319,49 @@ def test_a_changed_batch_goes_on_if_it_is_wanted() -> None:
         assert main(["fit", *more, "--may_change=batch"]) == 0
 
 
-@pytest.mark.fault("damaged sharded checkpoint", "one bit of a tensor; a missing and a truncated shard", "nothing: one line names it", each=3)
+@pytest.mark.fault(
+    "flipped bit", "any bit of the directory of a checkpoint's file", "nothing: one line says so, or the content is the same", each=200
+)
+def test_flips_in_a_directory(tmp_path: Path) -> None:
+    file, tensor = tmp_path / "a.ckpt", torch.arange(100.0)
+    torch.save({"a": tensor, "b": 1}, file)
+    whole = file.read_bytes()
+    directory = whole.index(b"PK\x01\x02")
+    draw, refused = random.Random(0), 0
+    for _ in range(200):
+        content = bytearray(whole)
+        content[draw.randrange(directory, len(whole))] ^= 1 << draw.randrange(8)
+        file.write_bytes(content)
+        with suppress(ConfigError):
+            check_intact(file, "it")
+            found = read_checkpoint(file)
+            assert torch.equal(found["a"], tensor)
+            assert found["b"] == 1
+            continue
+        refused += 1
+    assert refused > 50
+
+
+@pytest.mark.fault(
+    "damaged sharded checkpoint", "one bit of a tensor; any bit of its index; a missing and a truncated shard", "nothing: one line names it", each=103
+)
+@pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
 def test_a_damaged_sharded_checkpoint(tmp_path: Path) -> None:
     folder, tensor = tmp_path / "last.ckpt", torch.arange(100.0)
-    dcp.save({"state_dict": {"a": tensor}}, checkpoint_id=folder, no_dist=True)
+    dcp.save({"state_dict": {"a": tensor, "b": 1}}, checkpoint_id=folder, no_dist=True)
     torch.save({"global_step": 1}, folder / "meta.pt")
+    with pytest.raises(ConfigError, match=r"was never finished \(it holds no metadata.crc32\)"):
+        check_intact(folder, "it")
+    seal(folder)
     check_intact(folder, "it")
+    index, draw = (folder / ".metadata").read_bytes(), random.Random(0)
+    for _ in range(100):
+        content = bytearray(index)
+        content[draw.randrange(len(index))] ^= 1 << draw.randrange(8)
+        (folder / ".metadata").write_bytes(content)
+        with pytest.raises(ConfigError, match=r"it: is damaged: its .metadata does not match its checksum"):
+            check_intact(folder, "it")
+    (folder / ".metadata").write_bytes(index)
     (shard,) = folder.glob("*.distcp")
     whole = shard.read_bytes()
     flip(shard, tensor)

@@ -54,6 +54,7 @@ def put(value: float, target: Path, *, folder: bool) -> None:
     if folder:
         part_of(target).mkdir()
         write_file(content(value), part_of(target) / "a")
+        (part_of(target) / ".metadata").touch()
         intact.finish_folder(part_of(target), target)
     else:
         write_file(content(value), target)

@@ -6,10 +6,12 @@ override all others.
 
 from __future__ import annotations
 
+import csv
 import json
 from pathlib import Path
 from typing import Any
 
+import yaml
 from lightning.fabric.utilities.rank_zero import rank_zero_only
 
 from lit_modules.autopsy import FILE as AUTOPSY
@@ -17,7 +19,7 @@ from lit_modules.checkpoint import check_same_model, check_tensors, read_checkpo
 from lit_modules.data import PackedText
 from lit_modules.data.loaders import SHARED, STEP_TOKENS, changes, saved_settings
 from lit_modules.decoder_lm import DecoderLM
-from lit_modules.intact import check_intact, last_good
+from lit_modules.intact import check_intact, last_good, old_of
 from lit_modules.parallel import FSDP2
 from lit_modules.saving import DIVERGED
 from lit_modules.saving import LAST as LAST_FILE
@@ -25,7 +27,7 @@ from lit_modules.sharded import read_index
 from mixers.errors import ConfigError, unknown
 from recipes.commands.config_files import Request, merge
 from recipes.commands.plan import Plan
-from recipes.commands.run_folder import CHECKPOINTS, default_root
+from recipes.commands.run_folder import CHECKPOINTS, CONFIG, METRICS, default_root
 
 LAST = "last"
 AUTO = "auto"  # last, or the beginning where no run has saved anything yet
@@ -34,7 +36,7 @@ TRAINING = ("optimizer_states", "lr_schedulers", "loops", "global_step")  # what
 
 
 def find_checkpoint(path: str, *roots: Path) -> Path:
-    """The file or folder of a checkpoint; `last` (or `auto`) is the newest `last.ckpt` of the runs in `roots`.
+    """The file or folder of a checkpoint; `last` (or `auto`) is the `last.ckpt` of the run in `roots` that has saved something last.
 
     Raises:
         ConfigError: there is none. No other one is taken in its place, but the newest that is whole is named.
@@ -44,16 +46,22 @@ def find_checkpoint(path: str, *roots: Path) -> Path:
         if not found.exists():
             raise ConfigError(f"ckpt_path: {path} does not exist (legal: a checkpoint, last or auto){last_good(_beside(found))}")
         return found
-    runs = [file for file in _saved(*roots) if file.name == LAST_FILE]
-    if not runs:
+    saved = _saved(*roots)
+    if not {LAST_FILE, old_of(Path(LAST_FILE)).name} & {file.name for file in saved}:
         where = ", ".join(map(str, roots)) or "runs"
-        raise ConfigError(f"ckpt_path: no run in {where} has a {LAST_FILE} to go on from{last_good({'': _saved(*roots)})}")
-    return max(runs, key=lambda file: file.stat().st_mtime)
+        raise ConfigError(f"ckpt_path: no run in {where} has a {LAST_FILE} to go on from{last_good({'': saved})}")
+    last = max(saved, key=lambda file: file.stat().st_mtime).with_name(LAST_FILE)
+    if last.exists():
+        return last
+    if not old_of(last).is_dir():
+        raise ConfigError(f"ckpt_path: {last} does not exist, and its run is the newest{last_good(_beside(last))}")
+    rank_zero_only(print)(f"checkpoint: the run ended while {last} was replaced: going on from {old_of(last)}, which was there before", flush=True)
+    return old_of(last)
 
 
 def _saved(*roots: Path) -> list[Path]:
-    """All checkpoints of the runs in some folders that a training may go on from."""
-    return [file for root in roots for file in root.glob(f"*/{CHECKPOINTS}/*.ckpt") if file.name != DIVERGED]
+    """All checkpoints that a training may go on from, in folders of runs or of checkpoints."""
+    return [file for root in roots for files in ("*.ckpt", f"*/{CHECKPOINTS}/*.ckpt") for file in root.glob(files) if file.name != DIVERGED]
 
 
 def _beside(path: Path) -> dict[str, list[Path]]:
@@ -62,8 +70,30 @@ def _beside(path: Path) -> dict[str, list[Path]]:
     there = [file for file in folder.glob("*.ckpt") if file != path.absolute() and file.name != DIVERGED]
     if folder.name != CHECKPOINTS:
         return {"beside it, which may be of another run, ": there}
-    others = [file for file in _saved(*folder.parents[1:2]) if file.parent != folder]
+    others = [file for file in _saved(*folder.parents[1:2]) if file.parent.name == CHECKPOINTS and file.parent != folder]
     return {"of this run ": there, "of another run ": others}
+
+
+def _check_there(roots: list[Path]) -> None:
+    """ConfigError if the newest run has no checkpoint, though one was due by its config and log: what an older one has is not where it ended."""
+    runs = {(config.stat().st_mtime_ns, config.parent) for root in roots for config in root.glob(f"*/{CONFIG}")}
+    run = max(runs, default=(0, Path()))[1]
+    if not runs or _saved(run / CHECKPOINTS):
+        return
+    try:
+        config = yaml.safe_load((run / CONFIG).read_bytes())
+        every = config["checkpoint"]["every_n_train_steps"] if config["trainer"]["enable_checkpointing"] is not False else None
+        with (run / METRICS).open(newline="", encoding="utf-8") as file:
+            steps = [int(row["step"]) for row in csv.DictReader(file) if row["train/loss"]]
+        due = bool(every and steps and config["checkpoint"]["dirpath"] is None and steps[-1] // every * every > steps[0])
+    except (OSError, ValueError, KeyError, TypeError, yaml.YAMLError):  # a run that did not come so far
+        return
+    if due:
+        others = last_good({"of another run ": _saved(*roots)})
+        raise ConfigError(
+            f"ckpt_path: {run / CHECKPOINTS} holds no checkpoint any more, but its run, the newest, has taken {steps[-1] + 1:,} steps and saved one "
+            f"every {every:,}; to go on from before it, or from the beginning, remove {run}{others}"
+        )
 
 
 def model_settings(path: Path) -> dict[str, Any]:
@@ -101,19 +131,24 @@ def with_checkpoint(request: Request, *, any_run: bool = False) -> tuple[Request
         return request, None
     root = request.option("trainer.default_root_dir")
     roots = [*Path("runs").glob("*")] if any_run and not root and not request.files else [Path(root or default_root(request.files))]
-    if given == AUTO and not _saved(*roots):
-        rank_zero_only(print)(f"checkpoint: none in {roots[0]} yet, so training starts at the beginning", flush=True)
+    elsewhere = request.option("checkpoint.dirpath") not in (None, "null")
+    where = [Path(str(request.option("checkpoint.dirpath"))).expanduser()] if elsewhere else roots
+    if given in (LAST, AUTO) and not elsewhere:
+        _check_there(roots)
+    if given == AUTO and not _saved(*where):
+        rank_zero_only(print)(f"checkpoint: none in {where[0]} yet, so training starts at the beginning", flush=True)
         _say_if_diverged(None, [*roots[0].glob("*")])
         return request, None
-    path = find_checkpoint(str(given), *roots)
-    if rank_zero_only.rank == 0:  # type: ignore[attr-defined]
-        try:
+    path = find_checkpoint(str(given), *where)
+    try:
+        if rank_zero_only.rank == 0:  # type: ignore[attr-defined]
             check_intact(path, f"ckpt_path: {path}")
-        except ConfigError as error:
-            raise ConfigError(f"{error}{last_good(_beside(path))}") from error
+        settings = model_settings(path)
+    except ConfigError as error:
+        raise ConfigError(f"{error}{last_good(_beside(path))}") from error
     if not any_run:
         _say_if_diverged(path, [*roots[0].glob("*")] if given in (LAST, AUTO) else list(path.absolute().parents[1:2]))
-    return request._replace(config=merge({"model": {"lm": model_settings(path)}}, request.config)), path
+    return request._replace(config=merge({"model": {"lm": settings}}, request.config)), path
 
 
 @rank_zero_only
@@ -231,4 +266,4 @@ def _another_batch(path: Path, plan: Plan, saved: int) -> str:
 def run_config(path: Path) -> Path | None:
     """The config of the run that wrote a checkpoint, while it lies where that run left it."""
     folders = list(path.absolute().parents)[:2]
-    return next((folder / "config.yaml" for folder in folders if (folder / "config.yaml").is_file()), None)
+    return next((folder / CONFIG for folder in folders if (folder / CONFIG).is_file()), None)

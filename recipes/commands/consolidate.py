@@ -6,7 +6,7 @@ from pathlib import Path
 
 from lit_modules.checkpoint import read_header
 from lit_modules.intact import check_intact, write_file
-from lit_modules.sharded import read_sharded
+from lit_modules.sharded import read_index, read_sharded
 from mixers.errors import ConfigError
 from recipes.commands.arguments import Arguments
 
@@ -23,9 +23,10 @@ def run(argv: list[str]) -> int:
         raise ConfigError(f"out: {out} exists; remove it, or give another --out")
     if not out.parent.is_dir():
         raise ConfigError(f"out: {out} cannot be written: its folder does not exist")
+    read_index(folder, f"folder: {folder}")
+    check_intact(folder, f"folder: {folder}")  # the file will have fresh checksums of whatever is read
     checkpoint = read_sharded(folder, f"folder: {folder}")
     read_header(checkpoint, f"folder: {folder}")
-    check_intact(folder, f"folder: {folder}")  # the file would have fresh checksums of whatever was read
     try:
         write_file(checkpoint, out)
     except (OSError, RuntimeError) as error:
