@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
+import pytest
 
-from lit_modules.data.prepare import Settings, prepare
+from lit_modules.data.prepare import Progress, Settings, prepare
 from lit_modules.data.shards import Index
 from lit_modules.data.sources import open_source
 from lit_modules.data.stream import EncodedDocument, divide
@@ -26,8 +28,24 @@ def write_jsonl(folder: Path, count: int = 200) -> Path:
     return path
 
 
-def prepared(folder: Path, source: Path, settings: Settings = SETTINGS, workers: int = 0) -> Index:
-    return prepare(folder, open_source(str(source), text_key="text"), ByteTokenizer(), settings, origin={}, workers=workers)
+def prepared(folder: Path, source: Path, settings: Settings = SETTINGS, workers: int = 0, **heard: Callable) -> Index:
+    return prepare(folder, open_source(str(source), text_key="text"), ByteTokenizer(), settings, origin={}, workers=workers, **heard)
+
+
+class StoppedError(Exception):
+    """What ends a preparation in the middle, as a kill would."""
+
+
+def stopped(folder: Path, source: Path, units: int, settings: Settings = SETTINGS) -> Path:
+    """A folder in which so many units were tokenized, and joined where that made a shard."""
+
+    def report(progress: Progress) -> None:
+        if progress.units == units:
+            raise StoppedError
+
+    with pytest.raises(StoppedError):
+        prepared(folder, source, settings, report=report)
+    return folder
 
 
 def content_of(folder: Path) -> dict[str, bytes]:

@@ -152,8 +152,10 @@ def test_a_folder_that_is_not_its_own(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"out: .* is not empty, and not a folder of `prepare`"):
         prepared(out, source)
     assert [file.name for file in out.iterdir()] == ["precious"]
-    with pytest.raises(ConfigError, match=r"out: .* cannot be written: (Not a directory|File exists)"):
+    with pytest.raises(ConfigError, match=r"out: .*precious is a file; give a folder$"):
         prepared(out / "precious", source)
+    with pytest.raises(ConfigError, match=r"out: .* cannot be written: Not a directory; mend that, or give another folder$"):
+        prepared(out / "precious" / "out", source)
 
 
 def test_another_source_or_setting(tmp_path: Path) -> None:
@@ -209,6 +211,7 @@ def refused(capsys: pytest.CaptureFixture[str]):
     return refused
 
 
+FILE = ("--source=a.txt", "--tokenizer=bytes")
 COMMANDS = {
     "no folder": ([], "error: out: must be set"),
     "no source": (["--out=o", "--tokenizer=bytes"], "error: source: must be set"),
@@ -221,6 +224,8 @@ COMMANDS = {
     "shards": (["--out=o", "--shard_tokens=0"], "error: shard_tokens: must be at least 1, got 0"),
     "unknown": (["--out=o", "--worker=1"], "did you mean 'workers'"),
     "nothing to check": (["--out=o", "--check"], "error: out: o has no shards.json"),
+    "a file": ([*FILE, "--out=a.txt"], "error: out: a.txt is a file; give a folder"),
+    "in a file": ([*FILE, "--out=a.txt/o"], "error: out: a.txt/o/.prepare cannot be written: Not a directory; mend that, or give another folder"),
 }
 
 
@@ -278,4 +283,4 @@ def test_train_on_shards(here: Path, capsys: pytest.CaptureFixture[str]) -> None
     (here / "data/shards" / INDEX).unlink()
     capsys.readouterr()
     assert main(["fit", *small]) == 2
-    assert f"data/shards has no shards.json ({hint})" in capsys.readouterr().err
+    assert f"data/shards has no shards.json: remove that folder and prepare its shards again ({hint})" in capsys.readouterr().err

@@ -93,8 +93,8 @@ def test_a_training_verifies_its_shards_once(original: Path, here: Path, monkeyp
 def test_a_changed_shard_is_refused(suffix: str, capsys: pytest.CaptureFixture[str]) -> None:
     flip(Path(f"shards/train-00000.{suffix}"))
     assert refused(capsys) == (
-        f"error: data.path: shards/train-00000.{suffix} does not have the checksum of its index: it was changed or is corrupt; prepare it again "
-        "(python -m recipes prepare --check --out shards reads all of them)"
+        f"error: data.path: shards/train-00000.{suffix} does not have the checksum of its index: it was changed or is corrupt; "
+        "remove it and give the `prepare` command of its folder again (python -m recipes prepare --check --out shards reads all of them)"
     )
     flip(Path(f"shards/train-00000.{suffix}"))
     shutil.copytree("shards", "validation")

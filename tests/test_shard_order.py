@@ -189,7 +189,10 @@ def test_a_corrupt_shard_is_one_line(shards: Path, tmp_path: Path, num_workers: 
     data = data_of(copy, num_workers=num_workers)
     with pytest.raises(ConfigError) as caught:
         list(data.train_dataloader())
-    assert str(caught.value) == f"data.path: {file} has the token 65535, but its vocabulary has 257 tokens: the file is corrupt; prepare it again"
+    assert str(caught.value) == (
+        f"data.path: {file} has the token 65535, but its vocabulary has 257 tokens: the file is corrupt; "
+        "remove it and give the `prepare` command of its folder again"
+    )
 
 
 def test_another_tokenizer_is_refused(shards: Path, tmp_path: Path) -> None:

@@ -15,10 +15,12 @@ from shard_cases import SETTINGS, expected, joined, prepared, write_jsonl
 
 from lit_modules.data import sources
 from lit_modules.data import verify as verify_module
-from lit_modules.data.shards import INDEX, ShardedTokens, ShardStream, check_tokenizer, hash_of, is_prepared, read_index, token_dtype
+from lit_modules.data.shards import INDEX, ShardedTokens, ShardStream, check_tokenizer, checksum_of, hash_of, is_prepared, read_index, token_dtype
 from lit_modules.data.tokenizer import ByteTokenizer, Tokenizer
 from lit_modules.data.verify import Known, check_shards, verify
 from mixers.errors import ConfigError
+
+HASHES = {"tokens_hash": "", "starts_hash": ""}
 
 
 @pytest.fixture(scope="module")
@@ -99,12 +101,13 @@ def refuse(folder: Path) -> str:
 
 
 INDEXES = {
-    "no JSON": (lambda text: text[: len(text) // 2], "shards.json is corrupt (JSONDecodeError"),
-    "not text": (lambda _: "[1]", "shards.json is corrupt"),
+    "empty": (lambda _: "", "shards.json is corrupt (it is not JSON): remove its folder and prepare the shards again"),
+    "cut": (lambda text: text[: len(text) // 2], "shards.json is corrupt (it is not JSON)"),
+    "deep": (lambda _: "[" * 100_000, "shards.json is corrupt (it is not JSON)"),
+    "no object": (lambda _: "[1]", "shards.json is corrupt ('format' is missing, or not what it should be)"),
     "another format": (lambda text: text.replace("lightning-mixers shards", "other"), "its format is 'other'"),
     "of the future": (lambda text: text.replace('"version": 1', '"version": 2'), "is of version 2, this lightning-mixers reads version 1"),
-    "without a key": (lambda text: text.replace('"bos_id"', '"bos"'), "corrupt (KeyError: 'bos_id')"),
-    "unknown sizes": (lambda text: text.replace('"tokens":', '"token":'), "corrupt (TypeError"),
+    "one wrong digit": (lambda text: text.replace('"bos_id": 256', '"bos_id": 257'), "corrupt (it was changed: its checksum is another)"),
 }
 
 
@@ -115,9 +118,46 @@ def test_index_that_is_wrong(case: str, folder: Path) -> None:
     assert words in refuse(folder)
 
 
+CONTENTS = {  # with a checksum that fits, as a faulty writer would
+    "no separator": ({"bos_id": None}, "corrupt ('bos_id' is missing, or not what it should be)"),
+    "separator outside": ({"bos_id": 257}, "it has the separator 257 in a vocabulary of 257"),
+    "huge vocabulary": ({"vocab_size": 2**70}, "in a vocabulary of 1180591620717411303424"),
+    "no text": ({"tokenizer": 1}, "'tokenizer' is missing"),
+    "truth": ({"vocab_size": True}, "'vocab_size' is missing"),
+    "origin": ({"origin": []}, "'origin' is missing"),
+    "splits": ({"splits": []}, "'splits' is missing"),
+    "no split": ({"splits": {"train": []}}, "'validation' is missing"),
+    "shard": ({"splits": {"train": [1], "validation": []}}, "'name' is missing"),
+    "name": ({"splits": {"train": [{"name": "../a"} | dict.fromkeys(("documents", "tokens", "n_bytes"), 0) | HASHES]}}, "train is called '../a'"),
+    "size": ({"splits": {"train": [{"name": "train-00000", "documents": -1}]}}, "'documents' is missing"),
+}
+
+
+@pytest.mark.parametrize("case", CONTENTS)
+def test_content_of_an_index_that_is_wrong(case: str, folder: Path) -> None:
+    change, words = CONTENTS[case]
+    write_content(folder / INDEX, json.loads((folder / INDEX).read_text()) | change)
+    assert words in refuse(folder)
+
+
+def test_splits_of_one_preparation(folder: Path) -> None:
+    content = json.loads((folder / INDEX).read_text())
+    content["splits"]["train"].pop()
+    write_content(folder / INDEX, content)
+    assert "its splits have not as many shards as each other" in refuse(folder)
+
+
+def test_index_of_an_older_version(folder: Path) -> None:
+    """It had no checksum, and did not say how many units a shard joins."""
+    content = json.loads((folder / INDEX).read_text())
+    del content["checksum"], content["origin"]["shard_units"]
+    (folder / INDEX).write_text(json.dumps(content))
+    check_shards(read_index(folder))
+
+
 def test_no_index(folder: Path) -> None:
     (folder / INDEX).unlink()
-    assert "has no shards.json" in refuse(folder)
+    assert refuse(folder) == f"data.path: {folder} has no shards.json: remove that folder and prepare its shards again"
     (folder / ".prepare").mkdir()
     assert "is not finished: give its `prepare` command again" in refuse(folder)
     (folder / INDEX).mkdir()
@@ -132,7 +172,9 @@ def test_files_that_are_missing_or_cut(suffix: str, folder: Path) -> None:
     file.write_bytes(content[:-1])
     assert f"train-00002.{suffix} has {len(content) - 1:,} bytes, its index says {len(content):,}: it is truncated" in refuse(folder)
     file.unlink()
-    assert f"train-00002.{suffix} cannot be read: No such file" in refuse(folder)
+    message = refuse(folder)
+    assert f"train-00002.{suffix} cannot be read: No such file" in message
+    assert message.endswith("; give the `prepare` command of its folder again")
 
 
 def test_more_shards_than_a_process_may_open(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -152,7 +194,12 @@ def test_one_wrong_bit(suffix: str, folder: Path) -> None:
     file.write_bytes(content)
     message = refuse(folder)
     assert f"train-00001.{suffix}" in message
-    assert "prepare it again" in message
+    assert "remove it and give the `prepare` command of its folder again" in message
+
+
+def write_content(index: Path, content: dict) -> None:
+    """Writes an index, with the checksum of its content."""
+    index.write_text(json.dumps(content | {"checksum": checksum_of(content)}, indent=1))
 
 
 def write_tokens(folder: Path, change: dict[int, int]) -> None:
@@ -164,7 +211,7 @@ def write_tokens(folder: Path, change: dict[int, int]) -> None:
         tokens[place] = token
     tokens.tofile(file)
     index = folder / INDEX
-    index.write_text(index.read_text().replace(before, hash_of(file.read_bytes())))
+    write_content(index, json.loads(index.read_text().replace(before, hash_of(file.read_bytes()))))
 
 
 @pytest.mark.fault("token outside of the vocabulary", "written by a faulty writer, with its checksum", "nothing: the batch is refused")
@@ -256,8 +303,8 @@ def test_a_changed_byte_is_refused(suffix: str, known: bool, folder: Path, read:
         with pytest.raises(ConfigError) as caught:
             verify(index)
         assert str(caught.value) == (
-            f"data.path: {file} does not have the checksum of its index: it was changed or is corrupt; prepare it again "
-            f"(python -m recipes prepare --check --out {folder} reads all of them)"
+            f"data.path: {file} does not have the checksum of its index: it was changed or is corrupt; "
+            f"remove it and give the `prepare` command of its folder again (python -m recipes prepare --check --out {folder} reads all of them)"
         )
     assert not known or read == [file.name] * 2
 

@@ -2,17 +2,15 @@
 
 Each unit becomes a file of its own in the work folder, and each run of units that fills a shard is joined. Every file is written under another
 name, then renamed, and what is made out of files is recorded before they are removed; so a process may be killed anywhere, and the next one goes on
-with what is there. Nothing but the source and the settings has a say in what comes out: units are cut by the source, shards by their units.
+with what is there and whole. Nothing but the source and the settings has a say in what comes out: units are cut by the source, shards by their units.
 """
 
 from __future__ import annotations
 
 import hashlib
-import json
 import shutil
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from io import BytesIO
+from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, NamedTuple, final
 
@@ -20,14 +18,28 @@ import numpy as np
 import numpy.typing as npt
 
 from lit_modules.data.processes import unordered
-from lit_modules.data.shards import INDEX, SPLITS, STARTS, WORK, Index, Shard, hash_of, read_index, replace_file, sync, token_dtype, write_index
+from lit_modules.data.shards import (
+    INDEX,
+    SPLITS,
+    STARTS,
+    WORK,
+    Index,
+    Shard,
+    files_of,
+    hash_of,
+    is_own,
+    read_index,
+    replace_file,
+    sync,
+    token_dtype,
+    what_is_wrong,
+    write_index,
+)
 from lit_modules.data.sources import Source
 from lit_modules.data.stream import encode_document, validates
 from lit_modules.data.tokenizer import Tokenizer
+from lit_modules.data.work import Counts, Part, Record, Side, Work, exclusive, writing
 from mixers.errors import ConfigError
-
-PLAN = "plan.json"
-Counts = npt.NDArray[np.int64]  # [split, (documents, tokens, bytes)]
 
 
 class Settings(NamedTuple):
@@ -61,100 +73,78 @@ def prepare(
     origin: dict[str, Any],
     workers: int = 0,
     report: Callable[[Progress], None] = lambda _: None,
+    say: Callable[[str], object] = lambda _: None,
 ) -> Index:
-    """Writes the shards of a source, or what is missing of them, and returns their index.
+    """Writes the shards of a source, or what is missing of them, and returns their index. Of finished ones it reads the sizes alone.
 
     Args:
         folder: Where to: new, empty, or one that this source and these settings were already being prepared in.
         origin: How the user named source and tokenizer; goes into the index.
         workers: Processes that tokenize. 0 does it here.
         report: Is told how far it is, after every unit.
+        say: Is told which file of finished shards is missing or has a wrong size. It is made again.
 
     Raises:
         ConfigError: the folder holds something else, is being written by another process or cannot be written; the source is not what it should
             be, or has no documents.
     """
     plan = {"source": source.identity, "units": len(source), "tokenizer": tokenizer.identity, **settings._asdict()}
-    with _exclusive(folder, plan):
+    work = Work(folder, plan)
+    with exclusive(work):
+        if (folder / INDEX).exists():
+            _reopen(work, say)
         if not (folder / INDEX).exists():
-            with _writing(folder):
-                replace_file(folder / WORK / PLAN, json.dumps(plan).encode())
-            _Preparation(folder, source, tokenizer, settings).run({**origin, **plan}, workers, report)
-        shutil.rmtree(folder / WORK, ignore_errors=True)
+            with writing(folder):
+                work.write_plan()
+            _Preparation(work, source, tokenizer, settings).run({**origin, **plan}, workers, report)
+        shutil.rmtree(work.path, ignore_errors=True)
     return read_index(folder, "out")
 
 
-@contextmanager
-def _exclusive(folder: Path, plan: dict[str, Any]) -> Iterator[None]:
-    """Makes the folder, makes sure that what is in it is of this plan, and keeps other processes out."""
-    import fcntl
-
-    if folder.is_dir() and any(folder.iterdir()):
-        _check_plan(folder, plan)
-    with _writing(folder):
-        (folder / WORK).mkdir(parents=True, exist_ok=True)
-        lock = (folder / WORK / "lock").open("wb")
-    with lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            raise ConfigError(f"out: another process is preparing {folder}") from error
-        yield
+def _reopen(work: Work, say: Callable[[str], object]) -> None:
+    """Where a file of complete shards is missing or has a wrong size, they become shards that are not complete."""
+    index = read_index(work.folder, "out")
+    wrong = [what for shards in index.splits.values() for shard in shards if (what := what_is_wrong(index.folder, shard, index.dtype))]
+    if not wrong:
+        return
+    say(f"{wrong[0]}: it is made again")
+    with writing(work.folder):
+        work.write_plan()
+        for number, (count, *shards) in enumerate(zip(_units_of(index), *index.splits.values(), strict=False)):
+            work.write_record(number, Record(count, shards))
+        (work.folder / INDEX).unlink()
 
 
-def _check_plan(folder: Path, plan: dict[str, Any]) -> None:
-    if (folder / INDEX).exists():
-        before = read_index(folder, "out").origin
-    else:
-        try:
-            before = json.loads((folder / WORK / PLAN).read_bytes())
-        except (OSError, ValueError) as error:
-            if {file.name for file in folder.iterdir()} == {WORK}:  # it was stopped before it had a plan
-                return
-            raise ConfigError(f"out: {folder} is not empty, and not a folder of `prepare`; give another one") from error
-    for key, value in json.loads(json.dumps(plan)).items():
-        if before.get(key) != value:
-            raise ConfigError(f"out: {folder} was begun with another {key} ({before.get(key)}, not {value}); give another folder, or remove this one")
-
-
-@contextmanager
-def _writing(folder: Path) -> Iterator[None]:
-    try:
-        yield
-    except OSError as error:
-        kept = "what is finished is kept: make room and give the same command again"
-        raise ConfigError(f"out: {error.filename or folder} cannot be written: {error.strerror or error}; {kept}") from error
-
-
-class _Part(NamedTuple):
-    """What a split has of one unit."""
-
-    tokens: npt.NDArray[np.unsignedinteger[Any]]
-    starts: npt.NDArray[np.uint64]
+def _units_of(index: Index) -> list[int]:
+    """How many units each shard joins; nothing if an index, which may be of an older version, does not say."""
+    counts: Any = index.origin.get("shard_units")
+    if not isinstance(counts, list) or not all(isinstance(count, int) and count > 0 for count in counts):
+        return []
+    return counts if len(counts) == len(index.splits["train"]) and sum(counts) == index.origin.get("units") else []
 
 
 @final
 class _Preparation:
     """Called with a unit, in any process, it tokenizes that unit and leaves it as a file in the work folder."""
 
-    def __init__(self, folder: Path, source: Source, tokenizer: Tokenizer, settings: Settings) -> None:
-        self.folder = folder
-        self.work = folder / WORK
+    def __init__(self, work: Work, source: Source, tokenizer: Tokenizer, settings: Settings) -> None:
+        self.folder = work.folder
+        self.work = work
         self.source = source
         self.tokenizer = tokenizer
         self.settings = settings
         self.dtype = token_dtype(tokenizer.vocab_size)
 
     def __call__(self, unit: int) -> tuple[int, Counts]:
-        counts, parts = self._tokenize(unit)
-        with _writing(self.folder):
-            _write_part(self._part(unit), counts, parts)
-        return unit, counts
+        return unit, self._make(unit).counts
 
-    def _part(self, unit: int) -> Path:
-        return self.work / f"{unit:08}.part"
+    def _make(self, unit: int) -> Part:
+        part = self._tokenize(unit)
+        with writing(self.folder):
+            self.work.write_part(unit, part)
+        return part
 
-    def _tokenize(self, unit: int) -> tuple[Counts, list[_Part]]:
+    def _tokenize(self, unit: int) -> Part:
         kept: tuple[list[npt.NDArray[Any]], ...] = ([], [])
         n_bytes = [0, 0]
         for document in self.source.read(unit):
@@ -163,118 +153,138 @@ class _Preparation:
                 side = int(validates(encoded, self.settings.split_seed, self.settings.val_fraction))
                 kept[side].append(encoded.tokens)
                 n_bytes[side] += encoded.n_bytes
-        parts = []
+        sides = []
         for documents in kept:
             ends = np.cumsum([0, *map(len, documents)], dtype=STARTS)
-            parts.append(_Part(np.concatenate([np.empty(0, self.dtype), *documents]), ends[:-1]))
-        sizes = [[len(part.starts), len(part.tokens), size] for part, size in zip(parts, n_bytes, strict=True)]
-        return np.array(sizes, dtype=np.int64), parts
+            sides.append(Side(np.concatenate([np.empty(0, self.dtype), *documents]), ends[:-1]))
+        sizes = [[len(side.starts), len(side.tokens), size] for side, size in zip(sides, n_bytes, strict=True)]
+        return Part(np.array(sizes, dtype=np.int64), sides)
 
     def run(self, origin: dict[str, Any], workers: int, report: Callable[[Progress], None]) -> None:
         """Tokenizes what is missing, joins, and writes the index."""
-        for scratch in [*self.work.glob("*.tmp"), *self.folder.glob("*.tmp")]:
-            scratch.unlink()
-        records = self._records()
-        joined = sum(record["units"] for record in records)  # the units that shards have already
-        earlier = sum(shard["tokens"] for record in records for shard in record["shards"])
-        ready = {unit: _read_counts(self._part(unit)) for unit in range(joined, len(self.source)) if self._part(unit).exists()}
-        for unit in range(joined):
-            self._part(unit).unlink(missing_ok=True)
-        earlier += sum(int(counts[:, 1].sum()) for counts in ready.values())
-        done, tokens = joined + len(ready), earlier
-        before = done
-        missing = [unit for unit in range(joined, len(self.source)) if unit not in ready]
-        answers = unordered(self, missing, workers)
+        records = self.work.read_records()
+        good = {number: record for number, record in enumerate(records) if not any(map(self._is_wrong, record.shards))}
+        missing = self._missing(records, good)
+        self._remove_others([shard for record in good.values() for shard in record.shards])
+        ready = {unit: part.counts for unit in missing if (part := self.work.read_part(unit))}
+        earlier = sum(shard.tokens for record in good.values() for shard in record.shards) + sum(int(counts[:, 1].sum()) for counts in ready.values())
+        before = len(self.source) - len(missing) + len(ready)
+        done, tokens = before, earlier
+        complete: list[Record] = []
+        joined = 0  # units that are in them
+        answers = unordered(self, [unit for unit in missing if unit not in ready], workers)
         try:
             while joined < len(self.source):
-                if (stop := self._shard_end(joined, ready)) is not None:
-                    records.append(self._join(len(records), range(joined, stop), ready))
-                    joined = stop
+                number = len(complete)
+                if number in good:
+                    complete.append(good[number])
+                elif (stop := self._shard_end(joined, ready, records[number].units if number < len(records) else None)) is not None:
+                    complete.append(self._join(number, range(joined, stop), ready))
+                else:
+                    unit, counts = next(answers)
+                    ready[unit] = counts
+                    done, tokens = done + 1, tokens + int(counts[:, 1].sum())
+                    report(Progress(done, len(self.source), tokens, before, earlier))
                     continue
-                unit, counts = next(answers)
-                ready[unit] = counts
-                done, tokens = done + 1, tokens + int(counts[:, 1].sum())
-                report(Progress(done, len(self.source), tokens, before, earlier))
+                joined += complete[-1].units
         finally:
             answers.close()
-        self._finish(origin, records)
+        self._finish(origin, complete)
 
-    def _records(self) -> list[dict[str, Any]]:
-        """What was recorded of the shards that are complete, in their order."""
-        records: list[dict[str, Any]] = []
-        while (file := self._record(len(records))).exists():
-            records.append(json.loads(file.read_bytes()))
-        return records
+    def _is_wrong(self, shard: Shard) -> bool:
+        return what_is_wrong(self.folder, shard, self.dtype) is not None
 
-    def _record(self, number: int) -> Path:
-        return self.work / f"{number:05}.json"
+    def _missing(self, records: list[Record], good: dict[int, Record]) -> list[int]:
+        """The units that are in no good shard, in their order."""
+        missing: list[int] = []
+        first = 0
+        for number, record in enumerate(records):
+            missing += [] if number in good else range(first, first + record.units)
+            first += record.units
+        return [*missing, *range(first, len(self.source))]
 
-    def _shard_end(self, first: int, ready: dict[int, Counts]) -> int | None:
-        """Where the shard that begins with unit `first` ends; None while the units that it needs are not all there."""
+    def _remove_others(self, shards: list[Shard]) -> None:
+        """Removes every file of shards but those of some: half-written ones, and those of a plan that is lost."""
+        keep = {WORK, *(file.name for shard in shards for file in files_of(self.folder, shard.name))}
+        with writing(self.folder):
+            for file in [*self.work.path.glob("*.tmp"), *(file for file in self.folder.iterdir() if is_own(file.name) and file.name not in keep)]:
+                file.unlink()
+
+    def _shard_end(self, first: int, ready: dict[int, Counts], units: int | None) -> int | None:
+        """Where the shard that begins with unit `first` ends, which may have a known number of units; None while one that it needs is not there."""
         tokens, unit = 0, first
         while unit in ready:
             tokens += int(ready[unit][0, 1])
             unit += 1
-            if tokens >= self.settings.shard_tokens:
+            if unit - first == units or (units is None and tokens >= self.settings.shard_tokens):
                 return unit
         return unit if unit == len(self.source) else None
 
-    def _join(self, number: int, units: range, ready: dict[int, Counts]) -> dict[str, Any]:
+    def _join(self, number: int, units: range, ready: dict[int, Counts]) -> Record:
         """Joins the files of some units to a shard of each split, records that, and removes them."""
-        counts = np.sum([ready.pop(unit) for unit in units], axis=0)
-        with _writing(self.folder):
-            shards = [self._join_split(number, units, split, counts[split])._asdict() for split in range(len(SPLITS))]
-            record = {"units": len(units), "shards": shards}
-            replace_file(self._record(number), json.dumps(record).encode())
-            for unit in units:
-                self._part(unit).unlink()
+        writers: list[_ShardWriter] = []
+        try:
+            with writing(self.folder):
+                for split in SPLITS:
+                    writers.append(_ShardWriter(self.folder, f"{split}-{number:05}"))
+                for unit in units:
+                    part = self.work.read_part(unit) or self._make(unit)  # if it was damaged meanwhile
+                    for writer, side, sizes in zip(writers, part.sides, part.counts, strict=True):
+                        writer.append(side, sizes)
+                record = Record(len(units), [writer.finish() for writer in writers])
+                self.work.write_record(number, record)
+                self.work.remove_parts(units)
+        finally:
+            for writer in writers:
+                writer.discard()
+        for unit in units:
+            del ready[unit]
         return record
 
-    def _join_split(self, number: int, units: range, split: int, counts: npt.NDArray[np.int64]) -> Shard:
-        name = f"{SPLITS[split]}-{number:05}"
-        scratch, digest, begin, starts = self.folder / f"{name}.tmp", hashlib.blake2b(digest_size=16), 0, []
-        try:
-            with scratch.open("wb") as file:
-                for unit in units:
-                    part = _read_part(self._part(unit))[split]
-                    content = part.tokens.tobytes()
-                    file.write(content)
-                    digest.update(content)
-                    starts.append(part.starts + np.uint64(begin))
-                    begin += len(part.tokens)
-                sync(file)
-            scratch.replace(self.folder / f"{name}.tokens")
-        except OSError:
-            scratch.unlink(missing_ok=True)
-            raise
-        content = np.concatenate(starts).astype(STARTS).tobytes()
-        replace_file(self.folder / f"{name}.starts", content)
-        documents, tokens, n_bytes = counts.tolist()
-        return Shard(name, documents, tokens, n_bytes, digest.hexdigest(), hash_of(content))
-
-    def _finish(self, origin: dict[str, Any], records: list[dict[str, Any]]) -> None:
-        splits = {split: [Shard(**record["shards"][i]) for record in records] for i, split in enumerate(SPLITS)}
+    def _finish(self, origin: dict[str, Any], records: list[Record]) -> None:
+        splits = {split: [record.shards[i] for record in records] for i, split in enumerate(SPLITS)}
+        origin = {**origin, "shard_units": [record.units for record in records]}
         index = Index(self.folder, self.tokenizer.identity, self.tokenizer.vocab_size, self.tokenizer.bos_id, origin, splits)
         if not any(index.total(split).documents for split in SPLITS):
+            self._remove_others([])  # nothing of this source stands in the way of another
+            shutil.rmtree(self.work.path, ignore_errors=True)
             raise ConfigError("source: it holds no documents (every text is empty)")
-        with _writing(self.folder):
+        with writing(self.folder):
             write_index(index)
 
 
-def _write_part(path: Path, counts: Counts, parts: list[_Part]) -> None:
-    content = BytesIO()  # numpy does not say why it cannot write to a file
-    for array in (counts, *(array for part in parts for array in part)):
-        np.save(content, array)
-    replace_file(path, content.getvalue())
+@final
+class _ShardWriter:
+    """A shard of one split, under another name until it is whole."""
 
+    def __init__(self, folder: Path, name: str) -> None:
+        self._name = name
+        self._tokens_file, self._starts_file = files_of(folder, name)
+        self._scratch = folder / f"{name}.tmp"
+        self._file = self._scratch.open("wb")
+        self._digest = hashlib.blake2b(digest_size=16)
+        self._starts: list[npt.NDArray[np.uint64]] = []
+        self._sizes = np.zeros(3, dtype=np.int64)  # documents, tokens, bytes
 
-def _read_counts(path: Path) -> Counts:
-    with path.open("rb") as file:
-        counts: Counts = np.load(file)
-    return counts
+    def append(self, side: Side, sizes: npt.NDArray[np.int64]) -> None:
+        """Adds what the split has of a unit."""
+        self._file.write(side.tokens.data)
+        self._digest.update(side.tokens.data)
+        self._starts.append(side.starts + np.uint64(self._sizes[1]))
+        self._sizes += sizes
 
+    def finish(self) -> Shard:
+        """Puts both files in their places."""
+        with self._file:
+            sync(self._file)
+        self._scratch.replace(self._tokens_file)
+        starts = np.concatenate(self._starts).astype(STARTS).tobytes()
+        replace_file(self._starts_file, starts)
+        documents, tokens, n_bytes = self._sizes.tolist()
+        return Shard(self._name, documents, tokens, n_bytes, self._digest.hexdigest(), hash_of(starts))
 
-def _read_part(path: Path) -> list[_Part]:
-    with path.open("rb") as file:
-        np.load(file)
-        return [_Part(np.load(file), np.load(file)) for _ in SPLITS]
+    def discard(self) -> None:
+        """Leaves nothing of a shard that was not finished."""
+        with suppress(OSError):  # closing writes what is left, for which there may be no room
+            self._file.close()
+        self._scratch.unlink(missing_ok=True)

@@ -11,6 +11,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import re
 import shlex
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple, final
@@ -26,6 +27,8 @@ WORK = ".prepare"  # inside the folder, what `prepare` needs to go on after it w
 FORMAT, VERSION = "lightning-mixers shards", 1
 SPLITS = ("train", "validation")
 STARTS = np.dtype("<u8")
+OWN = re.compile(rf"{re.escape(WORK)}|({'|'.join(SPLITS)})-\d{{5,}}(\.tokens|\.starts)?((\.\d+)?\.tmp)?|{re.escape(INDEX)}\.\d+\.tmp")
+AGAIN = "give the `prepare` command of its folder again"  # which makes what is missing, and nothing else
 
 
 class Shard(NamedTuple):
@@ -82,7 +85,17 @@ def is_prepared(path: str | None) -> bool:
     if not path:
         return False
     folder = Path(path).expanduser()
-    return folder.is_dir() and ((folder / INDEX).exists() or (folder / WORK).exists() or next(folder.glob("*.tokens"), None) is not None)
+    return folder.is_dir() and ((folder / INDEX).exists() or any(is_own(file.name) for file in folder.glob("*")))
+
+
+def is_own(name: str) -> bool:
+    """Whether `prepare` gives a file such a name, the index aside."""
+    return OWN.fullmatch(name) is not None
+
+
+def files_of(folder: Path, name: str) -> tuple[Path, Path]:
+    """The files of a shard: tokens, and starts of documents."""
+    return folder / f"{name}.tokens", folder / f"{name}.starts"
 
 
 def write_index(index: Index) -> None:
@@ -90,7 +103,13 @@ def write_index(index: Index) -> None:
     content = {"format": FORMAT, "version": VERSION, "dtype": index.dtype.str, **index._asdict()}
     del content["folder"]
     content["splits"] = {split: [shard._asdict() for shard in shards] for split, shards in index.splits.items()}
+    content["checksum"] = checksum_of(content)
     replace_file(index.folder / INDEX, json.dumps(content, indent=1).encode())
+
+
+def checksum_of(content: dict[str, Any]) -> str:
+    """The checksum of what shards.json says, itself aside."""
+    return hash_of(json.dumps({key: value for key, value in content.items() if key != "checksum"}, sort_keys=True).encode())
 
 
 def replace_file(path: Path, content: bytes) -> None:
@@ -121,23 +140,54 @@ def read_index(path: str | Path, key: str = "data.path") -> Index:
     folder = Path(path).expanduser()
     file = folder / INDEX
     try:
-        content = json.loads(file.read_bytes())
-        if content["format"] != FORMAT:
-            raise ValueError(f"its format is {content['format']!r}")
-        if content["version"] != VERSION:
-            raise ConfigError(f"{key}: {file} is of version {content['version']}, this lightning-mixers reads version {VERSION}")
-        fields = {field: content[field] for field in ("tokenizer", "vocab_size", "bos_id", "origin")}
-        splits = {split: [Shard(**shard) for shard in content["splits"][split]] for split in SPLITS}
+        raw = file.read_bytes()
     except FileNotFoundError as error:
-        state = "is not finished: give its `prepare` command again" if (folder / WORK).exists() else f"has no {INDEX}"
+        state = f"has no {INDEX}" + (": remove that folder and prepare its shards again" if is_prepared(str(folder)) else "")
+        state = "is not finished: give its `prepare` command again" if (folder / WORK).exists() else state
         raise ConfigError(f"{key}: {folder} {state}") from error
     except OSError as error:
         raise ConfigError(f"{key}: {file} cannot be read: {error.strerror or error}") from error
-    except ConfigError:
-        raise
-    except (ValueError, KeyError, TypeError) as error:
-        raise ConfigError(f"{key}: {file} is corrupt ({type(error).__name__}: {str(error).splitlines()[0]}); prepare the shards again") from error
-    return Index(folder, **fields, splits=splits)
+    try:
+        return _parse(folder, raw, key)
+    except ValueError as error:
+        raise ConfigError(f"{key}: {file} is corrupt ({error}): remove its folder and prepare the shards again") from error
+
+
+def _parse(folder: Path, raw: bytes, key: str) -> Index:
+    """ValueError with a line for the user if it is no index."""
+    try:
+        content = json.loads(raw)
+    except (ValueError, RecursionError) as error:
+        raise ValueError("it is not JSON") from error
+    if (found := _value(content, "format", str)) != FORMAT:
+        raise ValueError(f"its format is {found!r}")
+    if (version := _value(content, "version", int)) != VERSION:
+        raise ConfigError(f"{key}: {folder / INDEX} is of version {version}, this lightning-mixers reads version {VERSION}")
+    if content.get("checksum", expected := checksum_of(content)) != expected:  # there is none in those of older versions
+        raise ValueError("it was changed: its checksum is another")
+    vocab_size, bos_id = _value(content, "vocab_size", int), _value(content, "bos_id", int)
+    if not bos_id < vocab_size <= 2**32:
+        raise ValueError(f"it has the separator {bos_id} in a vocabulary of {vocab_size}")
+    splits = {split: _parse_shards(_value(content, "splits", dict), split) for split in SPLITS}
+    if len({*map(len, splits.values())}) > 1:
+        raise ValueError("its splits have not as many shards as each other")
+    return Index(folder, _value(content, "tokenizer", str), vocab_size, bos_id, _value(content, "origin", dict), splits)
+
+
+def _parse_shards(splits: object, split: str) -> list[Shard]:
+    shards, numbers = [], ("documents", "tokens", "n_bytes")
+    for place, fields in enumerate(_value(splits, split, list)):
+        shards.append(Shard(*(_value(fields, field, int if field in numbers else str) for field in Shard._fields)))
+        if shards[-1].name != f"{split}-{place:05}":
+            raise ValueError(f"shard {place} of {split} is called {shards[-1].name!r}")
+    return shards
+
+
+def _value(content: object, key: str, kind: type) -> Any:
+    value = content.get(key) if isinstance(content, dict) else None
+    if type(value) is not kind or (isinstance(value, int) and value < 0):
+        raise ValueError(f"{key!r} is missing, or not what it should be")
+    return value
 
 
 def what_is_missing(path: str | None, tokenizer: str) -> str | None:
@@ -161,16 +211,22 @@ def check_tokenizer(index: Index, tokenizer: Tokenizer, key: str = "data.tokeniz
         raise ConfigError(f"{key}: is {tokenizer.identity}, but {index.folder} was prepared with {index.tokenizer}")
 
 
-def check_sizes(index: Index, shard: Shard, key: str) -> None:
-    """ConfigError if a file of a shard is not there or not as long as the index says."""
-    for suffix, size in ((".tokens", shard.tokens * index.dtype.itemsize), (".starts", shard.documents * STARTS.itemsize)):
-        file = index.folder / f"{shard.name}{suffix}"
+def what_is_wrong(folder: Path, shard: Shard, dtype: np.dtype[Any]) -> str | None:
+    """Which file of a shard is not there or not as long as it should be, in words; None if both are."""
+    for file, size in zip(files_of(folder, shard.name), (shard.tokens * dtype.itemsize, shard.documents * STARTS.itemsize), strict=True):
         try:
             found = file.stat().st_size
         except OSError as error:
-            raise ConfigError(f"{key}: {file} cannot be read: {error.strerror or error}") from error
+            return f"{file} cannot be read: {error.strerror or error}"
         if found != size:
-            raise ConfigError(f"{key}: {file} has {found:,} bytes, its index says {size:,}: it is truncated or not of this index; prepare it again")
+            return f"{file} has {found:,} bytes, its index says {size:,}: it is truncated or not of this index"
+    return None
+
+
+def check_sizes(index: Index, shard: Shard, key: str) -> None:
+    """ConfigError if a file of a shard is not there or not as long as the index says."""
+    if wrong := what_is_wrong(index.folder, shard, index.dtype):
+        raise ConfigError(f"{key}: {wrong}; {AGAIN}")
 
 
 @final
@@ -189,7 +245,7 @@ class ShardedTokens:
         for shard in shards:
             check_sizes(index, shard, key)
         shards = [shard for shard in shards if shard.tokens]  # nothing can be mapped of an empty file
-        self._files = [index.folder / f"{shard.name}.tokens" for shard in shards]
+        self._files = [files_of(index.folder, shard.name)[0] for shard in shards]
         self._maps = [_map(file, index.dtype, key) for file in self._files]
         self._ends = np.cumsum([len(tokens) for tokens in self._maps], dtype=np.int64)
 
@@ -227,7 +283,7 @@ def _map(file: Path, dtype: np.dtype[Any], key: str) -> TokenArray:
 
 
 def out_of_range(key: str, file: Path, token: int, vocab_size: int) -> str:
-    return f"{key}: {file} has the token {token}, but its vocabulary has {vocab_size} tokens: the file is corrupt; prepare it again"
+    return f"{key}: {file} has the token {token}, but its vocabulary has {vocab_size} tokens: the file is corrupt; remove it and {AGAIN}"
 
 
 @final

@@ -22,7 +22,7 @@ from typing import Any, NamedTuple, final
 import numpy as np
 import numpy.typing as npt
 
-from lit_modules.data.shards import STARTS, Index, Shard, check_sizes, hash_of, out_of_range, replace_file
+from lit_modules.data.shards import AGAIN, STARTS, Index, Shard, check_sizes, files_of, hash_of, out_of_range, replace_file
 from mixers.errors import ConfigError
 
 SECONDS = 120.0  # in which files are begun to be read before a training; less than any process that waits gives up after
@@ -124,8 +124,7 @@ def _files(index: Index) -> Iterator[tuple[Path, str]]:
     """Every file of an index with its checksum."""
     for shards in index.splits.values():
         for shard in shards:
-            yield index.folder / f"{shard.name}.tokens", shard.tokens_hash
-            yield index.folder / f"{shard.name}.starts", shard.starts_hash
+            yield from zip(files_of(index.folder, shard.name), (shard.tokens_hash, shard.starts_hash), strict=True)
 
 
 def _stamp(file: Path, checksum: str, key: str) -> Stamp:
@@ -154,7 +153,7 @@ def _hash(file: Path, key: str, stop: Event) -> str | None:
 def wrong_checksum(file: Path, key: str) -> str:
     """The line for a file that is not the one of its index."""
     check = "" if key == "out" else f" (python -m recipes prepare --check --out {shlex.quote(str(file.parent))} reads all of them)"
-    return f"{key}: {file} does not have the checksum of its index: it was changed or is corrupt; prepare it again{check}"
+    return f"{key}: {file} does not have the checksum of its index: it was changed or is corrupt; remove it and {AGAIN}{check}"
 
 
 def check_shards(index: Index, key: str = "data.path", report: Callable[[Shard], None] = lambda _: None) -> None:
@@ -170,7 +169,10 @@ def check_shards(index: Index, key: str = "data.path", report: Callable[[Shard],
                 check_sizes(index, shard, key)
                 files = list(_files(index._replace(splits={split: [shard]})))
                 before = {file.name: _stamp(file, checksum, key) for file, checksum in files}
-                _check_content(index, shard, key)
+                try:
+                    _check_content(index, shard, key)
+                except OSError as error:
+                    raise ConfigError(f"{key}: {error.filename or shard.name} cannot be read: {error.strerror or error}") from error
                 good |= {file.name: before[file.name] for file, checksum in files if _stamp(file, checksum, key) == before[file.name]}
                 report(shard)
     finally:
@@ -178,7 +180,7 @@ def check_shards(index: Index, key: str = "data.path", report: Callable[[Shard],
 
 
 def _check_content(index: Index, shard: Shard, key: str) -> None:
-    tokens_file, starts_file = (index.folder / f"{shard.name}{suffix}" for suffix in (".tokens", ".starts"))
+    tokens_file, starts_file = files_of(index.folder, shard.name)
     starts = np.fromfile(starts_file, STARTS)
     if hash_of(starts.tobytes()) != shard.starts_hash:
         raise ConfigError(wrong_checksum(starts_file, key))
@@ -189,12 +191,12 @@ def _check_content(index: Index, shard: Shard, key: str) -> None:
             raise ConfigError(out_of_range(key, tokens_file, int(tokens.max()), index.vocab_size))
         found = np.flatnonzero(tokens == index.bos_id) + begin
         if not np.array_equal(found, starts[separators : separators + len(found)]):
-            raise ConfigError(f"{key}: {tokens_file} has a separator where {starts_file.name} has no document; prepare it again")
+            raise ConfigError(f"{key}: {tokens_file} has a separator where {starts_file.name} has no document; remove it and {AGAIN}")
         begin, separators = begin + len(tokens), separators + len(found)
     if digest.hexdigest() != shard.tokens_hash:
         raise ConfigError(wrong_checksum(tokens_file, key))
     if separators != shard.documents:
-        raise ConfigError(f"{key}: {tokens_file} has {separators} documents, its index says {shard.documents}; prepare it again")
+        raise ConfigError(f"{key}: {tokens_file} has {separators} documents, its index says {shard.documents}; remove it and {AGAIN}")
 
 
 def blocks(file: Path, dtype: np.dtype[Any]) -> Iterator[npt.NDArray[Any]]:

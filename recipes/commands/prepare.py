@@ -40,7 +40,11 @@ def _prepare(given: Namespace, folder: Path) -> Index:
     source = open_source(given.source, text_key=given.text_key, subset=given.subset, split=given.split, stream=given.stream)
     origin = {"source_name": given.source, "tokenizer_name": given.tokenizer, "subset": given.subset, "split": given.split}
     workers = min(given.workers, len(source))
-    return prepare(folder, source, tokenizer, settings, origin=origin, workers=workers, report=Reporter(workers))
+    return prepare(folder, source, tokenizer, settings, origin=origin, workers=workers, report=Reporter(workers), say=_note)
+
+
+def _note(line: str) -> None:
+    print(f"note: {line}", flush=True)
 
 
 class Reporter:
