@@ -224,8 +224,20 @@ COMMANDS = {
     "shards": (["--out=o", "--shard_tokens=0"], "error: shard_tokens: must be at least 1, got 0"),
     "unknown": (["--out=o", "--worker=1"], "did you mean 'workers'"),
     "nothing to check": (["--out=o", "--check"], "error: out: o has no shards.json"),
+    "more than a check": (
+        ["--out=o", "--check", "--workers=2", "--text_key=text"],
+        "error: text_key: says nothing to --check, which reads the shards in --out; leave out --text_key, --workers",
+    ),
+    "split of files": ([*FILE, "--split=train", "--out=o"], "error: split: is of a dataset by name, but a.txt is of files here; leave it out"),
+    "stream of files": (["--stream", "--out=o", "--tokenizer=bytes", "--source=*.txt"], "error: stream: is of a dataset by name, but *.txt is"),
+    "subset of files": (["--subset=", "--out=o", "--tokenizer=bytes", "--source=."], "error: subset: is of a dataset by name, but . is of files"),
+    "empty": ([*FILE, "--out="], "error: out: must be set"),
+    "empty to check": (["--check", "--out="], "error: out: must be set"),
     "a file": ([*FILE, "--out=a.txt"], "error: out: a.txt is a file; give a folder"),
     "in a file": ([*FILE, "--out=a.txt/o"], "error: out: a.txt/o/.prepare cannot be written: Not a directory; mend that, or give another folder"),
+    "long": ([*FILE, f"--out={'o' * 300}"], f"error: out: {'o' * 300} cannot be looked up: File name too long"),
+    "long source": (["--out=o", "--tokenizer=bytes", f"--source={'a' * 300}"], f"error: source: {'a' * 300} cannot be looked up: File name too"),
+    "nobody's home": ([*FILE, "--out=~nobody-here/o"], "error: out: ~nobody-here/o cannot be looked up: Could not determine home directory"),
 }
 
 

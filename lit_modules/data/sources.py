@@ -38,27 +38,31 @@ class Source(ABC):
         """The documents of one unit."""
 
 
-def open_source(name: str, *, text_key: str, subset: str | None = None, split: str = "train", stream: bool = False) -> Source:
+def open_source(name: str, *, text_key: str, subset: str | None = None, split: str | None = None, stream: bool = False) -> Source:
     """The source that a setting names.
 
     Args:
         name: A file, a folder or a glob pattern, see `read_corpus`; else the name of a Hugging Face dataset.
         text_key: The key or column of the text.
         subset: Of a dataset: its configuration.
-        split: Of a dataset.
+        split: Of a dataset; None is "train".
         stream: Read a dataset from where it lies, without a copy on this machine.
 
     Raises:
-        ConfigError: neither files nor a dataset, or no text in it.
+        ConfigError: neither files nor a dataset, or no text in it; files, and something that is of a dataset.
     """
     may_be_dataset = re.fullmatch(r"[\w-][\w.-]*(/[\w.-]+)?", name) and Path(name).suffix not in (".jsonl", ".parquet", ".txt")
     if Path(name).expanduser().exists() or not may_be_dataset:
-        return FileSource(name, text_key)
+        files = FileSource(name, text_key)
+        for option, value in (("subset", subset), ("split", split), ("stream", stream)):
+            if value not in (None, False):
+                raise ConfigError(f"{option}: is of a dataset by name, but {name} is of files here; leave it out")
+        return files
     try:
         import datasets  # noqa: F401
     except ImportError as error:
         raise ConfigError(f"{_not_here(name)}, and datasets by name need a package: pip install 'lightning-mixers[text]'") from error
-    return (StreamSource if stream else DatasetSource)(name, text_key, subset, split)
+    return (StreamSource if stream else DatasetSource)(name, text_key, subset, "train" if split is None else split)
 
 
 class _Span(NamedTuple):

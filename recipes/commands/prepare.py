@@ -104,7 +104,7 @@ def _arguments(argv: list[str]) -> Namespace:
     parser.add_argument("--tokenizer", help="`bytes`, or a local tokenizer.json or sentencepiece model: that of the training")
     parser.add_argument("--text_key", default="text", help="key or column of the text (default: %(default)s)")
     parser.add_argument("--subset", help="of a dataset: its configuration, e.g. sample-100BT")
-    parser.add_argument("--split", default="train", help="of a dataset (default: %(default)s)")
+    parser.add_argument("--split", help="of a dataset (default: train)")
     parser.add_argument("--stream", action="store_true", help="of a dataset: read it from the hub, without a copy in the cache")
     parser.add_argument("--val_fraction", type=float, default=0.001, help="share of documents for validation (default: %(default)s)")
     parser.add_argument("--split_seed", type=int, default=0, help="which documents those are (default: %(default)s)")
@@ -117,15 +117,26 @@ def _arguments(argv: list[str]) -> Namespace:
     parser.add_argument("--workers", type=int, default=_cores(), help="processes; 0: tokenize in this one (default here: %(default)s)")
     parser.add_argument("--check", action="store_true", help="read the shards in --out through, instead: sizes, checksums, tokens, documents")
     given = parser.parse_args(argv)
+    if given.check and (others := sorted(parser.given(argv) - {"check", "out"})):
+        raise ConfigError(f"{others[0]}: says nothing to --check, which reads the shards in --out; leave out --{', --'.join(others)}")
     for name, least in (("workers", 0), ("shard_tokens", 1), ("split_seed", 0)):
         if getattr(given, name) < least:
             raise ConfigError(f"{name}: must be at least {least}, got {getattr(given, name)}")
     if not 0 <= given.val_fraction < 1:
         raise ConfigError(f"val_fraction: must lie in [0, 1), got {given.val_fraction}")
-    for name in () if given.check else ("source", "tokenizer"):
-        if getattr(given, name) is None:
-            raise ConfigError(f"{name}: must be set")
+    for name in ("out",) if given.check else ("out", "source", "tokenizer"):
+        _check_path(name, getattr(given, name))
     return given
+
+
+def _check_path(name: str, path: str | None) -> None:
+    """ConfigError for none, and for one that the system takes for none."""
+    if not path:
+        raise ConfigError(f"{name}: must be set")
+    try:
+        Path(path).expanduser().exists()
+    except (OSError, RuntimeError) as error:  # too long, not readable; of a user that is not here
+        raise ConfigError(f"{name}: {path} cannot be looked up: {getattr(error, 'strerror', None) or error}") from error
 
 
 def _cores() -> int:
