@@ -72,11 +72,14 @@ class PackedText(LightningDataModule):
         _at_least("seed", seed, 0)
         _at_least("split_seed", split_seed, 0)
         _at_least("num_workers", num_workers, 0)
+        _at_least("val_tokens", 1 if val_tokens is None else val_tokens, 1)
+        if seq_len >= 2**31:  # cu_seqlens is int32
+            raise ConfigError(f"data.seq_len: must be below 2**31, got {seq_len}")
         if val_tokens is not None and val_tokens < seq_len:
-            raise ConfigError(f"data.val_tokens: must be at least one sequence (data.seq_len {seq_len}), got {val_tokens}")
+            raise ConfigError(f"data.seq_len: one sequence of {seq_len} tokens is more than data.val_tokens ({val_tokens}): lower it, or raise that")
         if not 0.0 < val_fraction < 1.0:
             raise ConfigError(f"data.val_fraction: must lie between 0 and 1, got {val_fraction}")
-        if batch_size * seq_len >= 2**31:  # cu_seqlens is int32
+        if batch_size * seq_len >= 2**31:
             raise ConfigError(f"data.batch_size: {batch_size} * data.seq_len {seq_len} must be below 2**31 tokens")
         self.path = path
         self.val_path = val_path

@@ -97,10 +97,17 @@ def _check_numbers(config: Namespace) -> None:
     trainer, std = config.trainer, config.model.lm.init_std
     clip, interval = trainer.gradient_clip_val, trainer.val_check_interval
     numbers = int, float
+    epochs, every, sanity = trainer.check_val_every_n_epoch, trainer.log_every_n_steps, trainer.num_sanity_val_steps
     for key, value, holds, legal in (
         ("model.lm.init_std", std, 0 < std < math.inf, "a number > 0"),
         ("trainer.gradient_clip_val", clip, clip is None or 0 <= clip < math.inf, "null or a number >= 0"),
         ("trainer.val_check_interval", interval, not isinstance(interval, numbers) or 0 < interval < math.inf, "null or > 0"),
+        ("trainer.check_val_every_n_epoch", epochs, epochs is None or epochs >= 1, "null or a number of epochs"),
+        ("trainer.log_every_n_steps", every, every is None or every >= 0, "null, 0 (never) or a number of steps"),
+        ("trainer.num_sanity_val_steps", sanity, sanity is None or sanity >= -1, "null, -1 (all) or a number of batches"),
+        ("trainer.limit_train_batches", trainer.limit_train_batches, trainer.limit_train_batches != 0, "null or > 0"),
+        ("trainer.min_steps", trainer.min_steps, (trainer.min_steps or 0) >= 0, "null or a number of steps"),
+        ("trainer.min_epochs", trainer.min_epochs, (trainer.min_epochs or 0) >= 0, "null or a number of epochs"),
         ("trainer.max_steps", trainer.max_steps, trainer.max_steps >= -1, "-1 (no limit) or a number of steps"),
         ("trainer.devices", trainer.devices, _is_devices(trainer.devices), "auto, -1, a number of devices or their indices"),
     ):
