@@ -138,6 +138,8 @@ class Throughput(Callback):
             return  # no optimizer step
         self._marks.append(Mark(float(tokens), time.perf_counter() - self._paused, self._waited))
         if len(self._marks) == 1:
+            if self._flops is not None:
+                pl_module.log("flops_per_token", torch.tensor(self._flops, dtype=torch.float64), on_step=True, on_epoch=False)
             return
         first, last = self._marks[0], self._marks[-1]
         seconds = max(last.seconds - first.seconds, 1e-9)

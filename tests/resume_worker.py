@@ -38,7 +38,7 @@ from mixers.attention import Attention
 from recipes.__main__ import main
 from recipes.commands.config_files import merge
 
-TIMES = ("tokens_per_second", "flops_per_token", "tflops_per_second", "mfu", "data_wait", "peak_memory_gib")
+TIMES = ("tokens_per_second", "tflops_per_second", "mfu", "data_wait", "peak_memory_gib")
 SHARDS = {"data": {"path": "shards", "val_path": None}}
 TEXT = {
     "data": {"path": "corpus.txt", "val_path": "corpus.txt", "num_workers": 1, "batch_size": 3},
