@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from typing import Any, NamedTuple, final
+from typing import Any, NamedTuple, Self, final
 
 import torch
 from lightning.pytorch import Callback, LightningModule
@@ -116,6 +116,10 @@ class LitLM(LightningModule):
         if strategy is not None:  # Lightning would do so after it has loaded a checkpoint, and round one of 64-true to float32
             strategy.precision_plugin.convert_module(self.lm)
 
+    def cpu(self) -> Self:
+        """Leaves a model on the meta device there: Lightning, which tidies up behind an error, would hide it behind one of torch's."""
+        return self if any(parameter.is_meta for parameter in self.parameters()) else super().cpu()
+
     def configure_optimizers(self) -> Optimizer:
         # A fused AdamW unscales fp16 gradients within its step, too late for clipping.
         fused = getattr(self.trainer.precision_plugin, "scaler", None) is None
@@ -168,8 +172,7 @@ class LitLM(LightningModule):
             Console().print(group_table(describe_groups(optimizer_groups(self.lm, self.weight_decay))))
 
     def on_train_start(self) -> None:
-        self._micro_batch, self._sums, self._positions = None, None, 0
-        self.votes = []
+        self._micro_batch, self._sums, self._positions, self.votes = None, None, 0, []
         self.guard.begin()
 
     def on_train_batch_end(self, outputs: Any, batch: Batch, batch_idx: int) -> None:  # noqa: ARG002
@@ -262,18 +265,17 @@ class LitLM(LightningModule):
         return sequence_nll(logits, batch.targets, batch.cu_seqlens)
 
     def on_validation_epoch_end(self) -> None:
-        self._log_scores("val", self.val_nll)
-        reshard(self.lm)
+        self._end_evaluation("val", self.val_nll)
 
     def on_test_epoch_end(self) -> None:
-        self._log_scores("test", self.test_nll)
-        reshard(self.lm)
+        self._end_evaluation("test", self.test_nll)
 
-    def _log_scores(self, stage: str, metric: TokenNLL) -> None:
+    def _end_evaluation(self, stage: str, metric: TokenNLL) -> None:
         values = metric.compute()._asdict()  # summed over ranks
         metric.reset()
         tensors = {f"{stage}/{name}": torch.tensor(value, dtype=torch.float64, device=self.device) for name, value in values.items()}
         self.log_dict(tensors, on_step=False, on_epoch=True, sync_dist=True)
+        reshard(self.lm)
 
     # Checkpoints
 

@@ -10,11 +10,14 @@ import signal
 import subprocess
 import sys
 import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 from types import FrameType
 from typing import Any, final
 
 import torch
 from lightning.fabric.plugins.environments.slurm import SLURMEnvironment
+from lightning.fabric.utilities.rank_zero import rank_zero_only
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 
@@ -22,12 +25,43 @@ PREEMPTED = 143  # 128 + SIGTERM: what a shell reports for a process that SIGTER
 SIGNALS = [getattr(signal, name) for name in ("SIGTERM", "SIGINT", "SIGUSR1") if hasattr(signal, name)]
 
 
-class Stopped(Exception):  # noqa: N818 - no error
-    """A signal has asked the training to end, and all ranks have finished their step."""
+class Stopped(BaseException):  # no error: no `except Exception` is meant for it
+    """A signal has asked the training to end, and all ranks have finished their step; or it had not begun.
 
-    def __init__(self, signum: int) -> None:
+    Args:
+        signum: the signal.
+        alone: whether other ranks do not know of it.
+    """
+
+    def __init__(self, signum: int, *, alone: bool = False) -> None:
         super().__init__(signal.Signals(signum).name)
-        self.signum = signum
+        self.signum, self.alone = signum, alone
+
+
+@contextmanager
+def at_once() -> Iterator[None]:
+    """SIGTERM and SIGUSR1 raise `Stopped` wherever the program is, until `StopOnSignal` listens: before the first step there is nothing to finish.
+
+    Ctrl-C is Python's. At the end what listened before listens again.
+    """
+    process, stopping = os.getpid(), False
+
+    def stop(signum: int, frame: FrameType | None) -> None:  # noqa: ARG001
+        nonlocal stopping
+        if os.getpid() != process:  # a worker that has just begun
+            os._exit(128 + signum)
+        if not stopping:  # schedulers repeat themselves
+            stopping = True
+            raise Stopped(signum, alone=True)
+
+    listening = {}
+    if threading.current_thread() is threading.main_thread():
+        listening = {signum: signal.signal(signum, stop) for signum in SIGNALS if signum != signal.SIGINT}
+    try:
+        yield
+    finally:
+        for signum, handler in listening.items():
+            signal.signal(signum, handler)
 
 
 def leave_signals_to_parent(worker: int) -> None:  # noqa: ARG001 (what a DataLoader calls in its workers)
@@ -55,7 +89,7 @@ class StopOnSignal(Callback):
     Several processes tell each other with the sums of a step (`LitLM.ballot`), which they wait for anyway: to wait once more would leave the GPU
     without work. So what comes to one of them behind those sums ends the training after the next step.
 
-    A second Ctrl-C is Python's: it ends the process at once. Signals that come before the training are left to Lightning and Python.
+    A second Ctrl-C is Python's: it ends the process at once. Signals that come before the training are `at_once`'s.
     """
 
     def __init__(self) -> None:
@@ -116,16 +150,23 @@ def _is_ending(trainer: Trainer) -> bool:
     return trainer.state.fn != "fit" or trainer.should_stop
 
 
-def exit_code(trainer: Trainer, stop: Stopped) -> int:
+def exit_code(trainer: Trainer | None, stop: Stopped) -> int:
     """Says why the training has stopped, has SLURM requeue the job if Lightning's plugin would, and returns the exit code.
 
-    Ranks other than the first return 0: their exit code would be taken for a failure.
+    Ranks other than the first return 0, unless the first does not know of it: their exit code would be taken for a failure.
+
+    Args:
+        trainer: None if it had not been asked to train yet.
+        stop: as it was raised.
 
     Raises:
         KeyboardInterrupt: the signal was Ctrl-C's.
     """
-    if not trainer.is_global_zero:
-        return 0
+    if rank_zero_only.rank:  # type: ignore[attr-defined]
+        return PREEMPTED if stop.alone else 0
+    if trainer is None:
+        print(f"stopped by {stop} before training began: nothing was written, the same command line begins again", file=sys.stderr, flush=True)
+        return PREEMPTED
     print(f"stopped by {stop}; {_how_to_go_on(trainer)}", file=sys.stderr, flush=True)
     if stop.signum == signal.SIGINT:
         raise KeyboardInterrupt from stop

@@ -143,7 +143,7 @@ def built(*arguments: str, folder: Path | None = None) -> MixersCLI:
 
 @pytest.mark.usefixtures("here")
 def test_defaults() -> None:
-    cli = built(folder=make_run_folder("runs"))
+    cli = built(folder=make_run_folder("runs").path)
     names = [type(callback).__name__ for callback in cli.trainer.callbacks]
     assert names == ["Throughput", "ProgressBar", "RunSummary", "StopOnSignal", "Checkpoint"]
     assert [logger.log_dir.rstrip("/") for logger in cli.trainer.loggers] == [str(cli.run_folder)] * 2
@@ -157,7 +157,7 @@ def test_defaults() -> None:
 @pytest.mark.usefixtures("here")
 def test_parts_may_be_turned_off() -> None:
     off = ["--trainer.logger=false", "--trainer.enable_checkpointing=false", "--trainer.enable_progress_bar=false"]
-    cli = built(*off, folder=make_run_folder("runs"))
+    cli = built(*off, folder=make_run_folder("runs").path)
     assert [type(callback).__name__ for callback in cli.trainer.callbacks] == ["Throughput", "RunSummary", "StopOnSignal"]
     assert not cli.trainer.loggers
 
@@ -166,7 +166,7 @@ def test_parts_may_be_turned_off() -> None:
 def test_parts_may_be_added() -> None:
     stop = "[{class_path: EarlyStopping, init_args: {monitor: val/loss}}]"
     log = "{class_path: TensorBoardLogger, init_args: {save_dir: elsewhere}}"
-    cli = built(f"--trainer.callbacks={stop}", f"--trainer.logger={log}", "--checkpoint.save_top_k=-1", folder=make_run_folder("runs"))
+    cli = built(f"--trainer.callbacks={stop}", f"--trainer.logger={log}", "--checkpoint.save_top_k=-1", folder=make_run_folder("runs").path)
     assert any(isinstance(callback, EarlyStopping) for callback in cli.trainer.callbacks)
     assert any(isinstance(callback, ModelCheckpoint) and callback.save_top_k == -1 for callback in cli.trainer.callbacks)
     assert [type(logger).__name__ for logger in cli.trainer.loggers] == ["CSVLogger", "TensorBoardLogger"]

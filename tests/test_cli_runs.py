@@ -49,7 +49,7 @@ def test_saved_config_runs_again_unchanged(here: Path, trained: Path) -> None:
 
 
 def test_every_run_has_a_folder_of_its_own(tmp_path: Path) -> None:
-    folders = [make_run_folder(str(tmp_path / "runs")) for _ in range(3)]
+    folders = [make_run_folder(str(tmp_path / "runs")).path for _ in range(3)]
     assert len(set(folders)) == 3
     assert all(folder.is_dir() for folder in folders)
 

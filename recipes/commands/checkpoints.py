@@ -27,6 +27,7 @@ from lit_modules.sharded import read_index
 from mixers.errors import ConfigError, unknown
 from recipes.commands.config_files import Request, merge
 from recipes.commands.plan import Plan
+from recipes.commands.receipt import read_receipt
 from recipes.commands.run_folder import CHECKPOINTS, CONFIG, METRICS, default_root
 
 LAST = "last"
@@ -192,23 +193,38 @@ def check_strategy(path: Path, strategy: object) -> None:
         )
 
 
-def is_finished(request: Request, path: Path, max_tokens: int) -> bool:
+def is_finished(request: Request, path: Path, plan: Plan) -> bool:
     """Whether `auto` has nothing left to do, and says so: a job that is queued again then has done its work. For `last` or a path it is an error."""
-    if request.option("ckpt_path") != AUTO:
-        return False
-    _, tokens = read_header(_content(path), f"ckpt_path: {path}")
-    if tokens >= max_tokens:
-        left = "raise model.max_tokens to go on"
-        rank_zero_only(print)(f"checkpoint: {path}: already finished: {tokens:,} of {max_tokens:,} tokens; {left}", flush=True)
-    return tokens >= max_tokens
+    done = _limit_reached(path, _content(path), plan) if request.option("ckpt_path") == AUTO else None
+    if done is not None:
+        rank_zero_only(print)(f"checkpoint: {path}: already finished: {done} to go on{_how_it_ended(path)}", flush=True)
+    return done is not None
 
 
-def check_resumable(path: Path, max_tokens: int) -> None:
-    """ConfigError unless training can go on from the checkpoint, up to `max_tokens`."""
-    content = _content(path)
+def _limit_reached(path: Path, content: dict[str, Any], plan: Plan) -> str | None:
+    """The limit at which the training of a checkpoint stands, and the setting to raise; None: it can go on."""
     _, tokens = read_header(content, f"ckpt_path: {path}")
-    if tokens >= max_tokens:
-        raise ConfigError(f"ckpt_path: the checkpoint has already seen {tokens:,} of {max_tokens:,} tokens; raise model.max_tokens")
+    step, limit = content.get("global_step", 0), plan.model.max_tokens
+    if tokens >= limit:
+        return f"{tokens:,} of {limit:,} tokens; raise model.max_tokens"
+    return f"{step:,} of {plan.max_steps:,} steps; raise trainer.max_steps" if step >= plan.max_steps > -1 else None
+
+
+def _how_it_ended(path: Path) -> str:
+    """What to do about a run that has all its steps and was ended before its last lines; empty for one that was not, or is not known."""
+    try:
+        state = read_receipt(path.absolute().parent.parent, "ckpt_path")["outcome"].get("state")
+    except ConfigError:
+        return ""
+    validate = f"python -m recipes validate --ckpt_path {path}"
+    return "" if state == "finished" else f"; its run did not get to its end (it is {state}): for the loss on the validation set {validate}"
+
+
+def check_resumable(path: Path, plan: Plan) -> None:
+    """ConfigError unless training can go on from the checkpoint, up to the limits of `plan`."""
+    content = _content(path)
+    if done := _limit_reached(path, content, plan):
+        raise ConfigError(f"ckpt_path: the checkpoint has already seen {done}")
     for key in TRAINING if not path.is_dir() else ():
         if key not in content:
             raise ConfigError(f"ckpt_path: {path} has no {key}: it holds weights only, training cannot go on from it")

@@ -29,8 +29,8 @@ def run(argv: list[str]) -> int:
     plan = make_plan(config, needs_tokenizer=False)
     if checkpoint is not None:
         check_model(checkpoint, plan.model.lm)
-        if not is_finished(request, checkpoint, plan.model.max_tokens):
-            check_resumable(checkpoint, plan.model.max_tokens)
+        if not is_finished(request, checkpoint, plan):
+            check_resumable(checkpoint, plan)
         check_changes(checkpoint, plan, may_change)
     console = Console(width=None if sys.stdout.isatty() else 140, highlight=False)
     lm, groups = plan.model.lm, optimizer_groups(plan.model.lm, plan.model.weight_decay)

@@ -27,7 +27,7 @@ from mixers.errors import ConfigError
 from mixers.init import watched
 from recipes.commands import gpu_ready, machine
 from recipes.commands.cli import MixersCLI
-from recipes.commands.run_folder import CONFIG, RECEIPT
+from recipes.commands.run_folder import CONFIG, RECEIPT, RunFolder
 
 FORMAT = 1
 PARTS = ("config", "data", "outcome")  # without which two receipts cannot be compared
@@ -65,22 +65,18 @@ def read_receipt(path: str | Path, key: str) -> dict[str, Any]:
 
 
 @contextmanager
-def kept(
-    folder: Path | None, cli: MixersCLI, argv: list[str], backends: list[str], checkpoint: Path | None, changed: dict[str, tuple[Any, Any]]
-) -> Iterator[None]:
-    """The training inside leaves a receipt in `folder`: when it begins, when its model is there, and when it has ended, however it does.
-
-    `changed`: in what it differs from the training of its checkpoint, the old and the new value by name.
-    """
-    if folder is None:
+def kept(receipt: Receipt | None) -> Iterator[None]:
+    """The training inside is in the receipt: when its model is there, and when and how it has ended. One that is refused leaves no folder."""
+    if receipt is None:
         yield
         return
-    receipt = Receipt(folder, cli, argv, backends, _resumed(checkpoint, changed))
-    cli.trainer.callbacks.append(receipt)  # type: ignore[attr-defined]
     try:
         with watched(receipt.see):
             yield
     except BaseException as error:
+        if isinstance(error, ConfigError) and not receipt.has_stepped:
+            receipt.folder.remove()
+            raise
         stopped = isinstance(error, (Stopped, KeyboardInterrupt)) or isinstance(error.__context__, KeyboardInterrupt)
         receipt.end("stopped" if stopped else "failed", error)
         raise
@@ -89,14 +85,30 @@ def kept(
 
 @final
 class Receipt(Callback):
-    """The receipt of a run that is under way. Args: as `kept`, but for what it has gone on from."""
+    """The receipt of a run that is under way, a callback of its trainer.
 
-    def __init__(self, folder: Path, cli: MixersCLI, argv: list[str], backends: list[str], resumed: dict[str, Any] | None) -> None:
-        self.file = folder / RECEIPT
+    Args:
+        folder: of the run, with its config.
+        cli: what has been built.
+        argv: the command line.
+        backends: a line for every mixer.
+        checkpoint: what the training goes on from.
+        changed: in what it differs from the training of its checkpoint, the old and the new value by name.
+
+    Raises:
+        OSError: it cannot be written, now or before the first step. At the end that is said.
+    """
+
+    def __init__(
+        self, folder: RunFolder, cli: MixersCLI, argv: list[str], backends: list[str], checkpoint: Path | None, changed: dict[str, tuple[Any, Any]]
+    ) -> None:
+        self.folder = folder
+        self.file = folder.path / RECEIPT
         self._drawn: dict[str, str] = {}  # hashes of initial values by name
         self._trainer = cli.trainer
         self._module = cli.model
-        config = (folder / CONFIG).read_bytes()
+        self._first: int | None = None  # the number of the first step
+        config = (folder.path / CONFIG).read_bytes()
         self.content: dict[str, Any] = {
             "receipt": FORMAT,
             "started": _now(),
@@ -106,7 +118,7 @@ class Receipt(Callback):
             "config": {"file": CONFIG, "sha256": hashlib.sha256(config).hexdigest()},
             "data": _data(cli.datamodule),
             "initial_weights": None,
-            "resumed": resumed,
+            "resumed": _resumed(checkpoint, changed),
             "processes": cli.trainer.world_size,
             "strategy": type(cli.trainer.strategy).__name__,
             "versions": _versions(),
@@ -117,6 +129,12 @@ class Receipt(Callback):
             "environment": {name: os.environ[name] for name in sorted(os.environ) if _matters(name)},
         }
         self._write()
+        cli.trainer.callbacks.append(self)  # type: ignore[attr-defined]
+
+    @property
+    def has_stepped(self) -> bool:
+        """Whether the training has taken an optimizer step."""
+        return self._first is not None and self._trainer.global_step > self._first
 
     def see(self, name: str, value: Tensor) -> None:
         """An initial value, as `mixers.init.watched` shows it."""
@@ -128,6 +146,7 @@ class Receipt(Callback):
         lines = "\n".join(f"{name} {self._drawn[name]}" for name in sorted(self._drawn))
         self.content["initial_weights"] = hashlib.sha256(lines.encode()).hexdigest()
         self.content["processes"] = trainer.world_size
+        self._first = trainer.global_step
         self._write()
 
     def end(self, state: str, error: BaseException | None = None) -> None:
@@ -135,19 +154,20 @@ class Receipt(Callback):
         outcome: dict[str, Any] = {"state": state, "step": self._trainer.global_step, "tokens": self._module.tokens}
         if error is not None:
             outcome["what"] = f"{type(error).__name__}: {' '.join(str(error).split())[:500]}".removesuffix(": ")
+            outcome["what"] += "" if state == "failed" or self.has_stepped else ", before the first step"
         if self.file.with_name(AUTOPSY).is_file():
             outcome["autopsy"] = AUTOPSY
         ran = {
             f"{op} {kernel}: {key.architecture}, {key.itemsize} bytes, size {key.size}": t.options() for (op, kernel, key), t in tiles.used.items()
         }
         self.content |= {"ended": _now(), "outcome": outcome, "tiles": dict(sorted(ran.items()))}
-        self._write()
+        try:
+            self._write()
+        except OSError as error:  # what was trained counts more
+            print(f"receipt: {self.file} could not be written: {error.strerror or error}", file=sys.stderr, flush=True)
 
     def _write(self) -> None:
-        try:
-            replace_file(self.file, json.dumps(self.content, indent=1, default=str).encode())
-        except OSError as error:  # no reason to end a training
-            print(f"receipt: {self.file} could not be written: {error.strerror or error}", file=sys.stderr, flush=True)
+        replace_file(self.file, json.dumps(self.content, indent=1, default=str).encode())
 
 
 def backends_of(lm: DecoderLM, precision: str) -> list[str]:

@@ -1,0 +1,214 @@
+"""A training that does not begin, or has nothing left to do: one line, the exit code that docs/recipes.md names, and nothing left behind."""
+
+from __future__ import annotations
+
+import contextlib
+import csv
+import errno
+import json
+import os
+import resource
+import shutil
+import signal
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from cli_cases import here_fixture, one_thread, trained_fixture  # noqa: F401
+
+from lit_modules.audit import Audit
+from lit_modules.data import PackedText
+from lit_modules.lit_lm import LitLM
+from lit_modules.stopping import Stopped, at_once
+from recipes.__main__ import main
+from recipes.commands import fit, gpu_ready, receipt
+
+pytestmark = pytest.mark.filterwarnings("ignore")  # Lightning's advice: no logger, few workers, ..
+COMMAND = ["fit", "--config=small.yaml", "--summary.max_new_tokens=0", "--trainer.default_root_dir=some/where"]
+
+
+def errors(capsys: pytest.CaptureFixture[str]) -> list[str]:
+    return capsys.readouterr().err.splitlines()
+
+
+# --- refused ---
+
+
+def full(owner: Any, name: str, call: int) -> Callable[[pytest.MonkeyPatch], None]:
+    """The disk is full at a call of a function."""
+
+    def patch(monkeypatch: pytest.MonkeyPatch) -> None:
+        function, calls = getattr(owner, name), []
+
+        def refuse(*arguments: Any, **named: Any) -> Any:
+            calls.append(arguments)
+            if len(calls) == call:
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+            return function(*arguments, **named)
+
+        monkeypatch.setattr(owner, name, refuse)
+
+    return patch
+
+
+@pytest.mark.fault("disk full at the start", "no file may be longer than a limit", "nothing: one line, and no folder is left")
+def test_a_disk_that_takes_no_config(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    before, limits = sorted(here.rglob("*")), resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (100, limits[1]))
+    try:
+        code = main(COMMAND)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert code == 2
+    assert errors(capsys) == ["error: trainer.default_root_dir: some/where cannot be written to: File too large"]
+    assert sorted(here.rglob("*")) == before
+
+
+@pytest.mark.fault("disk full at the start", "ENOSPC at the receipt, the events, the first step", "nothing: one line, and no folder is left")
+@pytest.mark.parametrize(
+    "fills", [full(receipt, "replace_file", 1), full(LitLM, "setup", 1), full(receipt, "replace_file", 2)]
+)  # the model is on the meta device for the second: Lightning, tidying up, would hide the error
+def test_a_disk_that_is_full_before_the_first_step(
+    fills: Callable[[pytest.MonkeyPatch], None], here: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    before = sorted(here.rglob("*"))
+    fills(monkeypatch)
+    assert main(COMMAND) == 2
+    assert errors(capsys) == ["error: trainer.default_root_dir: some/where cannot be written to: No space left on device"]
+    assert sorted(here.rglob("*")) == before
+
+
+REFUSED = {
+    "known with the data": (["--data.path=no_such_corpus"], "data.path: no_such_corpus does not exist"),
+    "known to Trainer": (["--trainer.limit_val_batches=-1"], "trainer: You have passed invalid value -1 for limit_val_batches"),
+    "known with the batches": (["--trainer.limit_val_batches=0.0001"], "trainer: You requested to check 0.0001 of the `val_dataloader`"),
+    "an interval longer than an epoch": (
+        ["--trainer.val_check_interval=1000", "--trainer.check_val_every_n_epoch=1"],
+        "trainer.val_check_interval: `val_check_interval` (1000) must be less than or equal to the number of the training batches (17)",
+    ),
+    "a name that no system takes": ([f"--trainer.default_root_dir=new/{300 * 'x'}"], "trainer.default_root_dir: a folder for the run cannot be made"),
+    "a folder of checkpoints that is a file": (
+        ["--checkpoint.dirpath=corpus.txt"],
+        "checkpoint.dirpath: corpus.txt cannot be written to: File exists",
+    ),
+    "a folder of checkpoints in a file": (
+        ["--checkpoint.dirpath=new/../corpus.txt/x"],
+        "checkpoint.dirpath: new/../corpus.txt/x cannot be written to",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", REFUSED)
+def test_what_is_refused_leaves_nothing(case: str, here: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    arguments, expected = REFUSED[case]
+    before = sorted(here.rglob("*"))
+    assert main([*COMMAND, *arguments]) == 2
+    (line,) = errors(capsys)
+    assert line.startswith(f"error: {expected}")
+    assert sorted(here.rglob("*")) == before
+
+
+def test_what_the_audit_refuses_leaves_only_what_was_there(here: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    configure = LitLM.configure_model
+
+    def broken(self: LitLM) -> None:
+        configure(self)
+        self.lm.head.weight.data[0, 0] = float("nan")
+
+    monkeypatch.setattr(LitLM, "configure_model", broken)
+    (here / "some/where").mkdir(parents=True)
+    before = sorted(here.rglob("*"))
+    assert main(COMMAND) == 2
+    assert errors(capsys)[-1].startswith("error: model: training cannot begin")
+    assert sorted(here.rglob("*")) == before
+
+
+# --- stopped ---
+
+MOMENTS = {  # and whether there is a run folder by then
+    "settings are checked": (fit, "make_plan", False),
+    "kernels are checked": (gpu_ready, "trace", False),
+    "data are read": (PackedText, "setup", False),
+    "the model is built": (LitLM, "configure_model", True),
+    "optimizers are built": (LitLM, "configure_optimizers", True),
+    "the audit begins": (Audit, "on_train_start", True),
+}
+
+
+@pytest.mark.fault("pre-emption", "SIGTERM and SIGUSR1 while a training starts", "nothing was done; one line says so; exit code 143")
+@pytest.mark.parametrize("moment", MOMENTS)
+@pytest.mark.parametrize("signum", [signal.SIGTERM, signal.SIGUSR1])
+def test_a_signal_while_a_training_starts(signum: signal.Signals, moment: str, here: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    owner, name, has_folder = MOMENTS[moment]
+    function, before = getattr(owner, name), [signal.getsignal(known) for known in (signal.SIGTERM, signal.SIGUSR1)]
+
+    def stop(*arguments: Any, **named: Any) -> Any:
+        os.kill(os.getpid(), signum)
+        os.kill(os.getpid(), signum)  # schedulers repeat themselves
+        return function(*arguments, **named)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(owner, name, stop)
+        assert main([*COMMAND, "--ckpt_path=auto"]) == 143
+    assert [signal.getsignal(known) for known in (signal.SIGTERM, signal.SIGUSR1)] == before
+    (line,) = errors(capsys)
+    folders = [*here.glob("some/where/*")]
+    assert len(folders) == has_folder
+    if has_folder:
+        assert line == f"stopped by {signum.name}; this run has saved nothing: the same command line starts at the beginning"
+        outcome = json.loads((folders[0] / "receipt.json").read_text())["outcome"]
+        assert outcome == {"state": "stopped", "step": 0, "tokens": 0, "what": f"Stopped: {signum.name}, before the first step"}
+    else:
+        assert line == f"stopped by {signum.name} before training began: nothing was written, the same command line begins again"
+        assert not (here / "some").exists()
+    assert main([*COMMAND, "--ckpt_path=auto", "--trainer.max_steps=1"]) == 0
+
+
+def test_no_handler_of_errors_takes_a_signal_for_one() -> None:
+    def careless() -> None:
+        with contextlib.suppress(Exception):  # as a plug-in may
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    with pytest.raises(Stopped), at_once():
+        careless()
+
+
+# --- finished ---
+
+
+def test_auto_has_nothing_to_do_at_the_limit_of_steps(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    command = [*COMMAND, "--trainer.max_steps=3", "--ckpt_path=auto"]
+    assert main(command) == 0
+    (run,) = here.glob("some/where/*")
+    capsys.readouterr()
+    assert main(command) == 0
+    said = f"checkpoint: some/where/{run.name}/checkpoints/last.ckpt: already finished: 3 of 3 steps; raise trainer.max_steps to go on\n"
+    assert capsys.readouterr().out == said
+    assert main(["preflight", *command[1:]]) == 0
+    for command in ("fit", "preflight"):
+        assert main([command, *COMMAND[1:], "--trainer.max_steps=3", "--ckpt_path=last"]) == 2
+        assert errors(capsys) == ["error: ckpt_path: the checkpoint has already seen 3 of 3 steps; raise trainer.max_steps"]
+    assert [*here.glob("some/where/*")] == [run]
+    assert main([*COMMAND, "--trainer.max_steps=4", "--ckpt_path=auto"]) == 0
+    _, second = sorted(here.glob("some/where/*"))
+    with (second / "metrics.csv").open() as table:
+        assert next(csv.DictReader(table))["flops_per_token"]  # the first row that is written after a checkpoint is a whole one
+
+
+def test_auto_says_that_a_run_was_ended_behind_its_last_step(
+    trained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    shutil.copytree(trained, tmp_path / "copy")
+    monkeypatch.chdir(tmp_path / "copy")
+    (file,) = Path("runs/small").glob("*/receipt.json")
+    file.write_text(json.dumps({**json.loads(file.read_text()), "outcome": {"state": "running"}}))
+    assert main(["fit", "--config=small.yaml", "--ckpt_path=auto"]) == 0
+    line = capsys.readouterr().out
+    checkpoint = file.with_name("checkpoints") / "last.ckpt"
+    validate = f"python -m recipes validate --ckpt_path {checkpoint}"
+    assert line.endswith(f"; its run did not get to its end (it is running): for the loss on the validation set {validate}\n")
+    assert main(validate.split()[3:]) == 0
+    file.unlink()
+    assert main(["fit", "--config=small.yaml", "--ckpt_path=auto"]) == 0
+    assert capsys.readouterr().out.endswith("raise model.max_tokens to go on\n")
