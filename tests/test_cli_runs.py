@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -156,3 +157,23 @@ def test_generate_stops_at_the_end_of_the_document(trained: Path, capsys: pytest
         assert main(["generate", f"--ckpt_path={file}", "--tokenizer=bytes", "--prompt=a", "--temperature=0", "--max_new_tokens=3"]) == 0
         ends.append(capsys.readouterr().out)
     assert "a\n" in ends
+
+
+# --- diff ---
+
+
+@pytest.mark.parametrize("content", [None, "", "step,train/loss\n"])
+def test_no_losses_are_no_equal_losses(content: str | None, trained: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for name in ("receipt.json", "config.yaml"):
+        (tmp_path / name).write_bytes((run_of(trained) / name).read_bytes())
+    if content is not None:
+        (tmp_path / "metrics.csv").write_text(content)
+    capsys.readouterr()
+    assert main(["diff", str(run_of(trained)), str(tmp_path)]) == 2
+    said = capsys.readouterr()
+    where = f"metrics.csv of b: {tmp_path.name}"
+    assert (said.out, said.err) == ("", f"error: nothing to compare: no difference is recorded, and {where} has no train/loss\n")
+    about = json.loads((tmp_path / "receipt.json").read_text())
+    (tmp_path / "receipt.json").write_text(json.dumps({**about, "processes": 2}))
+    assert main(["diff", str(run_of(trained)), str(tmp_path)]) == 1  # what is recorded is told all the same
+    assert capsys.readouterr().out.splitlines() == ["processes: a 1, b 2", "train/loss: not compared: no step has a loss in both runs"]

@@ -27,8 +27,12 @@ NOTHING = "(none)"
 
 
 def run(argv: list[str]) -> int:
-    """Prints the differences, the most telling ones first; 1 if there are any."""
-    parser = Arguments("python -m recipes diff", "Why two runs differ: exit code 0 if they do not, 1 if they do.")
+    """Prints the differences, the most telling ones first; 1 if there are any.
+
+    Raises:
+        ConfigError: one is no run; or no difference is recorded and no loss can be compared, so that nobody can say that there is none.
+    """
+    parser = Arguments("python -m recipes diff", "Why two runs differ: exit code 0 if they do not, 1 if they do, 2 if there is nothing to compare.")
     parser.add_argument("a", help="a run folder, or its receipt.json")
     parser.add_argument("b", help="another one")
     parser.add_argument("--plot", metavar="PNG", help="draw both training losses here, each with the runs that it went on from")
@@ -40,6 +44,8 @@ def run(argv: list[str]) -> int:
     for line in doubts(a, b):
         print(line)
     lines = [*differences(a, b, _configs(given.a, a, given.b, b)), *_outcomes(a, b)]
+    if not lines and not curves[0].losses.keys() & curves[1].losses.keys():
+        raise ConfigError(f"nothing to compare: no difference is recorded, and {_without_losses(curves)}")
     losses, equal = compare_losses(*(curve.losses for curve in curves))
     print("\n".join([*(lines or ["no difference recorded"]), *losses]))
     return int(bool(lines) or not equal)
@@ -125,6 +131,11 @@ def _curve(name: str, path: str) -> Curve:
     parts = [_losses(folder / METRICS) for folder in folders]
     losses = {step: loss for part in parts for step, loss in part.items()}
     return Curve(f"{name}: {folders[-1].absolute().name}", losses, [min(part) for part in parts[1:] if part])
+
+
+def _without_losses(curves: tuple[Curve, Curve]) -> str:
+    empty = [curve.label for curve in curves if not curve.losses]
+    return f"{METRICS} of {' and of '.join(empty)} has no train/loss" if empty else "no step has a train/loss in both runs"
 
 
 def _losses(file: Path) -> dict[int, float]:
