@@ -82,6 +82,7 @@ def test_a_disk_that_is_full_before_the_first_step(
 REFUSED = {
     "known with the data": (["--data.path=no_such_corpus"], "data.path: no_such_corpus does not exist"),
     "known to Trainer": (["--trainer.limit_val_batches=-1"], "trainer: You have passed invalid value -1 for limit_val_batches"),
+    "settings at odds": (["--trainer.val_check_interval=0.5"], "trainer: `val_check_interval` should be an integer"),
     "known with the batches": (["--trainer.limit_val_batches=0.0001"], "trainer: You requested to check 0.0001 of the `val_dataloader`"),
     "an interval longer than an epoch": (
         ["--trainer.val_check_interval=1000", "--trainer.check_val_every_n_epoch=1"],

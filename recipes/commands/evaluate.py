@@ -52,6 +52,6 @@ def _prepare(command: str, argv: list[str]) -> tuple[MixersCLI, str]:
     check_model(path, make_plan(cli.config, needs_tokenizer=True).model.lm)
     cli.build()
     check_strategy(path, cli.trainer.strategy)
-    cli.datamodule.setup(command)  # see fit
+    cli.datamodule.setup(command)  # what is refused here has cost no other process its start
     verify_shards(cli, command)
     return cli, str(path)

@@ -108,6 +108,8 @@ def _in_one_line(config: Namespace) -> Iterator[None]:
     """Settings that Lightning refuses, and a full disk, become ConfigError."""
     try:
         yield
+    except ConfigError:
+        raise
     except MisconfigurationException as error:
         raise ConfigError(f"trainer: {error}") from error
     except ValueError as error:

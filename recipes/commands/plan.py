@@ -97,6 +97,7 @@ def _check_numbers(config: Namespace) -> None:
     trainer, std = config.trainer, config.model.lm.init_std
     clip, interval = trainer.gradient_clip_val, trainer.val_check_interval
     numbers = int, float
+    root, place = trainer.default_root_dir, config.checkpoint.dirpath
     epochs, every, sanity = trainer.check_val_every_n_epoch, trainer.log_every_n_steps, trainer.num_sanity_val_steps
     for key, value, holds, legal in (
         ("model.lm.init_std", std, 0 < std < math.inf, "a number > 0"),
@@ -109,6 +110,8 @@ def _check_numbers(config: Namespace) -> None:
         ("trainer.min_steps", trainer.min_steps, (trainer.min_steps or 0) >= 0, "null or a number of steps"),
         ("trainer.min_epochs", trainer.min_epochs, (trainer.min_epochs or 0) >= 0, "null or a number of epochs"),
         ("trainer.max_steps", trainer.max_steps, trainer.max_steps >= -1, "-1 (no limit) or a number of steps"),
+        ("trainer.default_root_dir", root, bool(root) and "://" not in str(root), "a folder of this machine"),
+        ("checkpoint.dirpath", place, place != "", "null or a folder"),
         ("trainer.devices", trainer.devices, _is_devices(trainer.devices), "auto, -1, a number of devices or their indices"),
     ):
         if not holds:

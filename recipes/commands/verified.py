@@ -47,4 +47,4 @@ class Refusal(Callback):
         if line := trainer.strategy.broadcast(self.line):
             raise ConfigError(line)
 
-    on_fit_start = on_validation_start = on_test_start = ask  # not `setup`, whose errors Trainer hides behind one of its own
+    on_fit_start = on_validation_start = on_test_start = ask
