@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from jsonargparse import Namespace
 from lightning.fabric.utilities.exceptions import MisconfigurationException
@@ -27,19 +27,30 @@ from recipes.commands.run_folder import CONFIG, RunFolder, check_writable, make_
 from recipes.commands.verified import verify_shards
 
 
+class Training(NamedTuple):
+    """One that can begin."""
+
+    cli: MixersCLI
+    plan: Plan
+    checkpoint: Path | None
+    about: Receipt | None  # of the main process, if it has a folder
+
+
 def run(argv: list[str]) -> int:
     """Checks the config, makes the run folder, trains. A start that is refused leaves nothing behind."""
     try:
         with at_once():
-            code = _fit(argv)
+            training = _prepare(argv)
     except Stopped as stop:
         return exit_code(None, stop)
+    code = 0 if training is None else _train(training)
     if code == 0:
         leave()
     return code
 
 
-def _fit(argv: list[str]) -> int:
+def _prepare(argv: list[str]) -> Training | None:
+    """Everything that one process does alone; None if there is nothing left to train."""
     request, checkpoint = with_checkpoint(collect(argv))
     cli = MixersCLI("fit", request)
     may_change = changeable(cli.config.may_change)
@@ -47,7 +58,7 @@ def _fit(argv: list[str]) -> int:
     if checkpoint is not None:
         check_model(checkpoint, plan.model.lm)
         if is_finished(request, checkpoint, plan):
-            return 0
+            return None
         check_resumable(checkpoint, plan)
         check_changes(checkpoint, plan, may_change)
     cli.config["ckpt_path"] = None if checkpoint is None else str(checkpoint)
@@ -68,7 +79,7 @@ def _fit(argv: list[str]) -> int:
             folder.remove()
         raise
     _announce(plan, folder, backends)
-    return _train(cli, plan, checkpoint, about)
+    return Training(cli, plan, checkpoint, about)
 
 
 def _read_data(cli: MixersCLI, plan: Plan, checkpoint: Path | None, may_change: set[str]) -> dict[str, tuple[Any, Any]]:
@@ -84,9 +95,12 @@ def _read_data(cli: MixersCLI, plan: Plan, checkpoint: Path | None, may_change: 
     return changed
 
 
-def _train(cli: MixersCLI, plan: Plan, checkpoint: Path | None, about: Receipt | None) -> int:
+def _train(training: Training) -> int:
+    cli, plan, checkpoint, about = training
+    # of several processes one may wait for the others where no handler of a signal is called: there the system ends it
+    signals = at_once() if cli.trainer.world_size == 1 else nullcontext()
     try:
-        with kept(about), _in_one_line(cli.config):
+        with kept(about), _in_one_line(cli.config), signals:
             cli.trainer.fit(cli.model, datamodule=cli.datamodule, ckpt_path=checkpoint, weights_only=True)
     except FloatingPointError:
         if _is_main_process():
