@@ -87,8 +87,7 @@ class Attention(SequenceMixer[AttentionState]):
         assert after is not None
         return y.squeeze(1), after
 
-    def backend(self, device: torch.device, dtype: torch.dtype) -> str:
-        """What computes whole sequences there, for a log line."""
+    def runs_on(self, device: torch.device, dtype: torch.dtype) -> str:
         why = flash.refusal(device, dtype, self.head_dim)
         return "torch's variable-length flash attention" if why is None else f"torch's scaled_dot_product_attention, one document at a time ({why})"
 

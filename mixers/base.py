@@ -93,6 +93,10 @@ class SequenceMixer(nn.Module, ABC, Generic[StateT]):
         vectors = {name for name, parameter in self.named_parameters() if parameter.ndim < 2}
         return ParameterGroups(frozenset(vectors | fp32), frozenset(fp32))
 
+    def runs_on(self, device: torch.device, dtype: torch.dtype) -> str | None:  # noqa: ARG002
+        """What computes whole sequences there, for a log line; None: ops of `kernels`, which say it themselves."""
+        return None
+
     def set_residual_scale(self, scale: float) -> None:
         """Called by a model before it draws initial values, with 1 / sqrt(2 * layers). Mixers whose recipe scales their last projection use it."""
 

@@ -96,6 +96,6 @@ def test_what_the_kernel_does_not_take(monkeypatch: pytest.MonkeyPatch) -> None:
     assert flash.refusal(gpu, half, 20) == flash.refusal(gpu, half, 264).replace("264", "20")  # type: ignore[union-attr]
     monkeypatch.setattr(flash, "_available", lambda _: False)
     assert flash.refusal(gpu, half, 128) == "no flash attention for this GPU"
-    assert Attention(256, num_heads=2).backend(gpu, half) == (
+    assert Attention(256, num_heads=2).runs_on(gpu, half) == (
         "torch's scaled_dot_product_attention, one document at a time (no flash attention for this GPU)"
     )

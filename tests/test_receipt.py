@@ -89,7 +89,7 @@ def test_a_receipt_says_what_the_run_was(runs: dict[str, Path]) -> None:
     assert first.startswith("layers 0 (gdn2): ")
     assert "delta_rule" in first
     assert "reference (tensors are on cpu)" in first
-    assert second == "layers 1 (swa): torch"
+    assert second == "layers 1 (swa): torch's scaled_dot_product_attention, one document at a time (no kernel for cpu)"
 
 
 def test_initial_weights_are_those_of_the_model_whatever_it_trains_in(runs: dict[str, Path]) -> None:

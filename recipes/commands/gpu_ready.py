@@ -14,7 +14,6 @@ from jsonargparse import Namespace
 from kernels import backend as backends
 from lit_modules.decoder_lm import DecoderLM
 from mixers import mamba_ssm, registry
-from mixers.attention import Attention
 from mixers.base import SequenceMixer
 from mixers.errors import ConfigError
 from recipes.commands import checks, verdict
@@ -46,12 +45,18 @@ def get_ready(lm: DecoderLM, precision: str, device: torch.device) -> list[str]:
         ConfigError: a kernel that the model would use is wrong on this GPU.
     """
     dtype = DTYPES.get(precision, torch.float32)
-    calls = {name: trace(mixer, dtype, device) for name, (mixer, _) in distinct(lm).items()}
+    calls = trace_all(lm, dtype, device)
     results = verdict.prove(trials(lm, calls, dtype), device, say=_progress)
     torch.cuda.empty_cache()
     refuse_wrong(results, torch.cuda.get_device_name(device))
-    own = {name: mixer.backend(device, dtype) for name, (mixer, _) in distinct(lm).items() if isinstance(mixer, Attention)}
-    return [f"layers {', '.join(map(str, where))} ({name}): {own.get(name) or describe(calls[name])}" for name, (_, where) in distinct(lm).items()]
+    return name_backends(lm, calls, dtype, device)
+
+
+def name_backends(lm: DecoderLM, calls: dict[str, list[Call] | None], dtype: torch.dtype, device: torch.device) -> list[str]:
+    """A line for every name in the layout: its layers, and what they run on."""
+    found = distinct(lm).items()
+    own = {name: mixer.runs_on(device, dtype) for name, (mixer, _) in found}
+    return [f"layers {', '.join(map(str, layers))} ({name}): {own[name] or describe(calls[name])}" for name, (_, layers) in found]
 
 
 def distinct(lm: DecoderLM) -> dict[str, tuple[SequenceMixer[Any], list[int]]]:
@@ -60,6 +65,11 @@ def distinct(lm: DecoderLM) -> dict[str, tuple[SequenceMixer[Any], list[int]]]:
     for i, name in enumerate(lm.layer_names):
         where[name].append(i)
     return {name: (lm.mixers()[layers[0]], layers) for name, layers in where.items()}
+
+
+def trace_all(lm: DecoderLM, dtype: torch.dtype, device: torch.device) -> dict[str, list[Call] | None]:
+    """`trace` of every name in the layout."""
+    return {name: trace(mixer, dtype, device) for name, (mixer, _) in distinct(lm).items()}
 
 
 def trace(mixer: SequenceMixer[Any], dtype: torch.dtype, device: torch.device) -> list[Call] | None:

@@ -173,8 +173,7 @@ class Receipt(Callback):
 def backends_of(lm: DecoderLM, precision: str) -> list[str]:
     """What every mixer's ops run on without a GPU; `gpu_ready.get_ready` says it for one."""
     dtype, cpu = gpu_ready.DTYPES.get(precision, torch.float32), torch.device("cpu")
-    calls = {name: gpu_ready.trace(mixer, dtype, cpu) for name, (mixer, _) in gpu_ready.distinct(lm).items()}
-    return [f"layers {', '.join(map(str, where))} ({name}): {gpu_ready.describe(calls[name])}" for name, (_, where) in gpu_ready.distinct(lm).items()]
+    return gpu_ready.name_backends(lm, gpu_ready.trace_all(lm, dtype, cpu), dtype, cpu)
 
 
 def _matters(variable: str) -> bool:
