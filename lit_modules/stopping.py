@@ -5,6 +5,7 @@ Lightning's own handlers save or talk to other ranks from within the signal, whe
 
 from __future__ import annotations
 
+import ctypes
 import os
 import signal
 import subprocess
@@ -21,6 +22,7 @@ from lightning.fabric.utilities.rank_zero import rank_zero_only
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 
+PARENT = "LIGHTNING_MIXERS_PARENT"  # the variable that names the process that started others
 PREEMPTED = 143  # 128 + SIGTERM: what a shell reports for a process that SIGTERM ended, so schedulers take it for what it is
 SIGNALS = [getattr(signal, name) for name in ("SIGTERM", "SIGINT", "SIGUSR1") if hasattr(signal, name)]
 
@@ -64,6 +66,34 @@ def at_once() -> Iterator[None]:
             signal.signal(signum, handler)
 
 
+@contextmanager
+def parent_of_others() -> Iterator[None]:
+    """Around what may start processes for other ranks: they learn whose they are."""
+    given = os.environ.get(PARENT)
+    os.environ[PARENT] = given or str(os.getpid())
+    try:
+        yield
+    finally:
+        os.environ.pop(PARENT, None)
+
+
+def end_with_parent() -> None:
+    """Until it trains, a process that was started for another rank ends with the one that started it: it would wait for that one, in vain.
+
+    Behind that the others' silence ends it, by an error that says so.
+    """
+    if os.environ.get("LOCAL_RANK", "0") != "0" and (parent := os.environ.get(PARENT)):
+        _when_parent_ends(signal.SIGKILL)
+        if os.getppid() != int(parent):
+            os._exit(PREEMPTED)
+
+
+def _when_parent_ends(signum: int) -> None:
+    """Asks Linux for a signal at that moment; 0: for none."""
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(1, signum, 0, 0, 0)  # PR_SET_PDEATHSIG
+
+
 def leave_signals_to_parent(worker: int) -> None:  # noqa: ARG001 (what a DataLoader calls in its workers)
     """Keeps a worker process alive while its parent finishes a step.
 
@@ -101,6 +131,8 @@ class StopOnSignal(Callback):
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._install(trainer)
+        if os.environ.get(PARENT, str(os.getpid())) != str(os.getpid()):
+            _when_parent_ends(0)
         if trainer.world_size > 1:
             pl_module.ballot = lambda: [int(self._signum == signum) for signum in self._signals]  # type: ignore[assignment]
 
@@ -180,6 +212,8 @@ def _how_to_go_on(trainer: Trainer) -> str:
     """What the user is to do, by what was saved: nothing is before the first step, or where the disk is full."""
     for callback in trainer.checkpoint_callbacks:
         if isinstance(callback, ModelCheckpoint) and (saved := callback._last_checkpoint_saved):
+            if callback.save_weights_only:
+                return f"no training goes on from {saved}, which holds weights only (checkpoint.save_weights_only)"
             return f"the same command line with --ckpt_path {'last' if callback.save_last else saved} goes on"
     start = f"goes on from {trainer.ckpt_path} again" if trainer.ckpt_path else "starts at the beginning"
     return f"this run has saved nothing: the same command line {start}"

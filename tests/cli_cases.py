@@ -66,3 +66,11 @@ def run_of(folder: Path) -> Path:
 
 def last(folder: Path) -> Path:
     return run_of(folder) / "checkpoints" / "last.ckpt"
+
+
+def ended(pid: int) -> bool:
+    """Gone, or a zombie that nobody has asked for its exit code."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] == "Z"
+    except FileNotFoundError:
+        return True

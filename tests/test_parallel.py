@@ -17,7 +17,7 @@ from typing import Any
 import parallel_worker as worker
 import pytest
 import torch
-from cli_cases import fill
+from cli_cases import ended, fill
 from lit_cases import make_lm, make_trainer, one_thread  # noqa: F401
 
 from lit_modules.checkpoint import load_lm, read_checkpoint
@@ -284,14 +284,6 @@ def test_consolidate_refuses_what_is_none(folder: Path, two: Results, tmp_path: 
 
 
 # --- the command line ---
-
-
-def ended(pid: int) -> bool:
-    """Gone, or a zombie that nobody has asked for its exit code."""
-    try:
-        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] == "Z"
-    except FileNotFoundError:
-        return True
 
 
 def wait_for(happened: Callable[[], object]) -> None:

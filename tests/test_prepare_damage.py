@@ -209,6 +209,21 @@ def test_a_shard_that_cannot_be_read(tmp_path: Path, monkeypatch: pytest.MonkeyP
 # --- the command line ---
 
 
+def test_a_shard_of_another_text_is_not_made_again(tmp_path: Path, source: Path, whole: dict[str, bytes]) -> None:
+    """The other shards hold the rest of the old one: some documents would be there twice, others not at all."""
+    out = prepared(tmp_path / "out", source).folder
+    text, lost = source.read_text(), out / "train-00001.tokens"
+    for repeated in range(2):
+        if lost.exists():
+            lost.unlink()
+        source.write_text("".join(reversed(text.splitlines(keepends=True))))
+        with pytest.raises(ConfigError, match=r"train-00001 made again is not what it was .*: the source has other text now; restore it, or remove"):
+            prepared(out, source)
+        assert not lost.exists(), repeated
+    source.write_text(text)
+    assert content_of(prepared(out, source).folder) == whole
+
+
 def test_what_fit_advises_works(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
     prepare = [
         "prepare",

@@ -278,11 +278,13 @@ def test_a_missing_checkpoint_is_refused(here: Path) -> None:
 
 @pytest.mark.fault("missing checkpoint, with an older run beside it", "last.ckpt of the newest run removed; all of its checkpoints", ONE_LINE, each=2)
 @pytest.mark.parametrize("name", ["last", "auto"])
-def test_an_older_run_does_not_stand_in_for_the_newest(here: Path, name: str) -> None:
+def test_an_older_run_does_not_stand_in_for_the_newest(here: Path, name: str, capsys: pytest.CaptureFixture[str]) -> None:
     run = here.parents[1]
     older = shutil.copytree(run, run.with_name("older"))
     for file in older.rglob("*"):
         os.utime(file, (file.stat().st_mtime - 100,) * 2)
+    shutil.copy(older / "checkpoints" / "last.ckpt", older / "checkpoints" / "last.whole.ckpt")  # newer than all others
+    assert with_checkpoint(collect(["--config=config.yaml", f"--ckpt_path={name}"]))[1] == here
     here.unlink()
     line = refused(name)
     assert line.startswith(
@@ -290,16 +292,25 @@ def test_an_older_run_does_not_stand_in_for_the_newest(here: Path, name: str) ->
     )
     shutil.rmtree(here.parent)
     line = refused(name)
-    assert line.startswith(f"ckpt_path: {here.parent} holds no checkpoint any more, but its run, the newest, has taken 9 steps and saved one every 3")
+    assert line.startswith(
+        f"ckpt_path: {here.parent} holds no checkpoint any more, but {run}, the newest run, has taken 9 steps and saved some there"
+    )
     assert f"the last good checkpoint of another run is {older}" in line
     (run / "metrics.csv").unlink()  # a run that has not taken a step has lost nothing
+    capsys.readouterr()
     assert with_checkpoint(collect(["--config=config.yaml", f"--ckpt_path={name}"]))[1] == older / "checkpoints" / "last.ckpt"
+    assert f"checkpoint: the newest run, {run}, has none; going on from {older}" in capsys.readouterr().out
 
 
 def test_auto_goes_on_from_a_folder_of_its_own(here: Path) -> None:
     shutil.move(here.parent, "elsewhere")
+    config = here.parents[1] / "config.yaml"
+    config.write_text(config.read_text().replace("dirpath: null", "dirpath: elsewhere"))
     request = collect(["--config=config.yaml", "--ckpt_path=auto", "--checkpoint.dirpath=elsewhere"])
     assert with_checkpoint(request)[1] == Path("elsewhere/last.ckpt")
+    shutil.rmtree("elsewhere")
+    with pytest.raises(ConfigError, match=r"elsewhere holds no checkpoint any more, but .*, the newest run, has taken 9 steps and saved some there"):
+        with_checkpoint(request)
 
 
 @pytest.mark.usefixtures("here")

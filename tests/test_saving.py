@@ -24,7 +24,7 @@ from lit_modules.lit_lm import LitLM, read_checkpoint
 from lit_modules.stopping import StopOnSignal
 from mixers.errors import ConfigError
 from recipes.__main__ import main
-from recipes.commands.checkpoints import find_checkpoint
+from recipes.commands.newest import find_checkpoint
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # Lightning's advice: no logger, few workers, ..
 

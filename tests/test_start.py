@@ -10,12 +10,15 @@ import os
 import resource
 import shutil
 import signal
+import subprocess
+import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
-from cli_cases import here_fixture, one_thread, trained_fixture  # noqa: F401
+from cli_cases import ended, here_fixture, one_thread, trained_fixture  # noqa: F401
 
 from lit_modules.audit import Audit
 from lit_modules.data import PackedText
@@ -213,3 +216,61 @@ def test_auto_says_that_a_run_was_ended_behind_its_last_step(
     file.unlink()
     assert main(["fit", "--config=small.yaml", "--ckpt_path=auto"]) == 0
     assert capsys.readouterr().out.endswith("raise model.max_tokens to go on\n")
+
+
+# --- nothing left to do by other limits, nothing to go on from ---
+
+
+def test_no_step_is_no_training(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """An epoch is over, or the time: Lightning would end as if it had trained, in one more run folder."""
+    epoch = [*COMMAND, "--trainer.max_epochs=1", "--trainer.limit_train_batches=2"]
+    assert main(epoch) == 0
+    runs = sorted(here.glob("some/where/*"))
+    capsys.readouterr()
+    assert main([*epoch, "--ckpt_path=auto"]) == 2
+    line = errors(capsys)[-1]
+    assert line.startswith("error: trainer.max_epochs: no step was taken, the checkpoint some/where/")
+    assert line.endswith("is at the end of it already; raise it")
+    assert main([*COMMAND, "--trainer.max_time=00:00:00:00"]) == 2
+    assert "trainer.max_time: no step was taken, this training is at the end of it already; raise it" in errors(capsys)[-1]
+    assert sorted(here.glob("some/where/*")) == runs
+
+
+@pytest.mark.usefixtures("here")
+def test_weights_alone_are_not_gone_on_from(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    step = LitLM.training_step
+
+    def stopped(self: LitLM, batch: Any) -> Any:
+        os.kill(os.getpid(), signal.SIGTERM)
+        return step(self, batch)
+
+    monkeypatch.setattr(LitLM, "training_step", stopped)
+    assert main([*COMMAND, "--checkpoint.save_weights_only=true"]) == 143
+    assert errors(capsys)[-1].startswith("stopped by SIGTERM; no training goes on from ")
+
+
+@pytest.mark.fault(
+    "one of two processes dies at the start", "SIGKILL to the first one when the second has begun", "nothing was done; the other ends within seconds"
+)
+def test_no_process_is_left_that_waits_for_its_parent(here: Path) -> None:
+    command = [sys.executable, "-m", "recipes", *COMMAND, "--trainer.devices=2", "--model.max_tokens=10000000"]
+    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[1])}
+    with (here / "said").open("w") as said:
+        first = subprocess.Popen(command, cwd=here, env=environment, stdout=said, stderr=said)
+    other = None
+    for _ in range(1200):
+        found = Path(f"/proc/{first.pid}/task/{first.pid}/children").read_text().split()
+        other = next((int(pid) for pid in found if b"recipes" in Path(f"/proc/{pid}/cmdline").read_bytes()), None)
+        if other is not None:
+            break
+        assert first.poll() is None, (here / "said").read_text()
+        time.sleep(0.05)
+    assert other is not None
+    first.kill()
+    first.wait()
+    for _ in range(1200):
+        if ended(other):
+            return
+        time.sleep(0.05)
+    os.kill(other, signal.SIGKILL)
+    pytest.fail("the second process still waits")

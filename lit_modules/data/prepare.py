@@ -179,7 +179,7 @@ class _Preparation:
                 if number in good:
                     complete.append(good[number])
                 elif (stop := self._shard_end(joined, ready, records[number].units if number < len(records) else None)) is not None:
-                    complete.append(self._join(number, range(joined, stop), ready))
+                    complete.append(self._join(number, range(joined, stop), ready, records[number].shards if number < len(records) else None))
                 else:
                     unit, counts = next(answers)
                     ready[unit] = counts
@@ -220,8 +220,8 @@ class _Preparation:
                 return unit
         return unit if unit == len(self.source) else None
 
-    def _join(self, number: int, units: range, ready: dict[int, Counts]) -> Record:
-        """Joins the files of some units to a shard of each split, records that, and removes them."""
+    def _join(self, number: int, units: range, ready: dict[int, Counts], before: list[Shard] | None) -> Record:
+        """Joins the files of some units to a shard of each split, records that, and removes them. `before`: what the shards were once."""
         writers: list[_ShardWriter] = []
         try:
             with writing(self.folder):
@@ -232,6 +232,8 @@ class _Preparation:
                     for writer, side, sizes in zip(writers, part.sides, part.counts, strict=True):
                         writer.append(side, sizes)
                 record = Record(len(units), [writer.finish() for writer in writers])
+                if before is not None:
+                    self._refuse_others(units, record.shards, before)
                 self.work.write_record(number, record)
                 self.work.remove_parts(units)
         finally:
@@ -240,6 +242,18 @@ class _Preparation:
         for unit in units:
             del ready[unit]
         return record
+
+    def _refuse_others(self, units: range, shards: list[Shard], before: list[Shard]) -> None:
+        """ConfigError if shards that were made again are not what they were: the source is not either, and other shards hold the rest of it."""
+        for new, old in zip(shards, before, strict=True):
+            if new != old:
+                self.work.remove_parts(units)
+                for file in files_of(self.folder, new.name):
+                    file.unlink()
+                raise ConfigError(
+                    f"source: {new.name} made again is not what it was ({new.documents:,} documents, {old.documents:,} then): the source has "
+                    f"other text now; restore it, or remove {self.folder} and prepare it anew"
+                )
 
     def _finish(self, origin: dict[str, Any], records: list[Record]) -> None:
         splits = {split: [record.shards[i] for record in records] for i, split in enumerate(SPLITS)}

@@ -6,12 +6,10 @@ override all others.
 
 from __future__ import annotations
 
-import csv
 import json
 from pathlib import Path
 from typing import Any
 
-import yaml
 from lightning.fabric.utilities.rank_zero import rank_zero_only
 
 from lit_modules.autopsy import FILE as AUTOPSY
@@ -19,82 +17,19 @@ from lit_modules.checkpoint import check_same_model, check_tensors, read_checkpo
 from lit_modules.data import PackedText
 from lit_modules.data.loaders import SHARED, STEP_TOKENS, changes, saved_settings
 from lit_modules.decoder_lm import DecoderLM
-from lit_modules.intact import check_intact, last_good, old_of
+from lit_modules.intact import check_intact, last_good
 from lit_modules.parallel import FSDP2
 from lit_modules.saving import DIVERGED
-from lit_modules.saving import LAST as LAST_FILE
 from lit_modules.sharded import read_index
 from mixers.errors import ConfigError, unknown
 from recipes.commands.config_files import Request, merge
+from recipes.commands.newest import AUTO, LAST, beside, check_there, find_checkpoint, newest_run, saved_in
 from recipes.commands.plan import Plan
 from recipes.commands.receipt import read_receipt
-from recipes.commands.run_folder import CHECKPOINTS, CONFIG, METRICS, default_root
+from recipes.commands.run_folder import CONFIG, default_root
 
-LAST = "last"
-AUTO = "auto"  # last, or the beginning where no run has saved anything yet
 BATCH = "batch"  # the tokens an optimizer step, among what may change
 TRAINING = ("optimizer_states", "lr_schedulers", "loops", "global_step")  # what Lightning needs to go on
-
-
-def find_checkpoint(path: str, *roots: Path) -> Path:
-    """The file or folder of a checkpoint; `last` (or `auto`) is the `last.ckpt` of the run in `roots` that has saved something last.
-
-    Raises:
-        ConfigError: there is none. No other one is taken in its place, but the newest that is whole is named.
-    """
-    if path not in (LAST, AUTO):
-        found = Path(path).expanduser()
-        if not found.exists():
-            raise ConfigError(f"ckpt_path: {path} does not exist (legal: a checkpoint, last or auto){last_good(_beside(found))}")
-        return found
-    saved = _saved(*roots)
-    if not {LAST_FILE, old_of(Path(LAST_FILE)).name} & {file.name for file in saved}:
-        where = ", ".join(map(str, roots)) or "runs"
-        raise ConfigError(f"ckpt_path: no run in {where} has a {LAST_FILE} to go on from{last_good({'': saved})}")
-    last = max(saved, key=lambda file: file.stat().st_mtime).with_name(LAST_FILE)
-    if last.exists():
-        return last
-    if not old_of(last).is_dir():
-        raise ConfigError(f"ckpt_path: {last} does not exist, and its run is the newest{last_good(_beside(last))}")
-    rank_zero_only(print)(f"checkpoint: the run ended while {last} was replaced: going on from {old_of(last)}, which was there before", flush=True)
-    return old_of(last)
-
-
-def _saved(*roots: Path) -> list[Path]:
-    """All checkpoints that a training may go on from, in folders of runs or of checkpoints."""
-    return [file for root in roots for files in ("*.ckpt", f"*/{CHECKPOINTS}/*.ckpt") for file in root.glob(files) if file.name != DIVERGED]
-
-
-def _beside(path: Path) -> dict[str, list[Path]]:
-    """The other checkpoints of a run, and those of the runs beside it; of a checkpoint that lies elsewhere those in its folder. For `last_good`."""
-    folder = path.absolute().parent
-    there = [file for file in folder.glob("*.ckpt") if file != path.absolute() and file.name != DIVERGED]
-    if folder.name != CHECKPOINTS:
-        return {"beside it, which may be of another run, ": there}
-    others = [file for file in _saved(*folder.parents[1:2]) if file.parent.name == CHECKPOINTS and file.parent != folder]
-    return {"of this run ": there, "of another run ": others}
-
-
-def _check_there(roots: list[Path]) -> None:
-    """ConfigError if the newest run has no checkpoint, though one was due by its config and log: what an older one has is not where it ended."""
-    runs = {(config.stat().st_mtime_ns, config.parent) for root in roots for config in root.glob(f"*/{CONFIG}")}
-    run = max(runs, default=(0, Path()))[1]
-    if not runs or _saved(run / CHECKPOINTS):
-        return
-    try:
-        config = yaml.safe_load((run / CONFIG).read_bytes())
-        every = config["checkpoint"]["every_n_train_steps"] if config["trainer"]["enable_checkpointing"] is not False else None
-        with (run / METRICS).open(newline="", encoding="utf-8") as file:
-            steps = [int(row["step"]) for row in csv.DictReader(file) if row["train/loss"]]
-        due = bool(every and steps and config["checkpoint"]["dirpath"] is None and steps[-1] // every * every > steps[0])
-    except (OSError, ValueError, KeyError, TypeError, yaml.YAMLError):  # a run that did not come so far
-        return
-    if due:
-        others = last_good({"of another run ": _saved(*roots)})
-        raise ConfigError(
-            f"ckpt_path: {run / CHECKPOINTS} holds no checkpoint any more, but its run, the newest, has taken {steps[-1] + 1:,} steps and saved one "
-            f"every {every:,}; to go on from before it, or from the beginning, remove {run}{others}"
-        )
 
 
 def model_settings(path: Path) -> dict[str, Any]:
@@ -134,9 +69,9 @@ def with_checkpoint(request: Request, *, any_run: bool = False) -> tuple[Request
     roots = [*Path("runs").glob("*")] if any_run and not root and not request.files else [Path(root or default_root(request.files))]
     elsewhere = request.option("checkpoint.dirpath") not in (None, "null")
     where = [Path(str(request.option("checkpoint.dirpath"))).expanduser()] if elsewhere else roots
-    if given in (LAST, AUTO) and not elsewhere:
-        _check_there(roots)
-    if given == AUTO and not _saved(*where):
+    if given in (LAST, AUTO):
+        check_there(roots)
+    if given == AUTO and not saved_in(*where):
         rank_zero_only(print)(f"checkpoint: none in {where[0]} yet, so training starts at the beginning", flush=True)
         _say_if_diverged(None, [*roots[0].glob("*")])
         return request, None
@@ -146,7 +81,11 @@ def with_checkpoint(request: Request, *, any_run: bool = False) -> tuple[Request
             check_intact(path, f"ckpt_path: {path}")
         settings = model_settings(path)
     except ConfigError as error:
-        raise ConfigError(f"{error}{last_good(_beside(path))}") from error
+        raise ConfigError(f"{error}{last_good(beside(path))}") from error
+    newest = newest_run(roots)
+    passed = given in (LAST, AUTO) and not elsewhere and newest not in (None, *path.parents)
+    if newest is not None and passed and not (newest / AUTOPSY).is_file():  # of one that diverged more is said
+        rank_zero_only(print)(f"checkpoint: the newest run, {newest}, has none; going on from {path}", flush=True)
     if not any_run:
         _say_if_diverged(path, [*roots[0].glob("*")] if given in (LAST, AUTO) else list(path.absolute().parents[1:2]))
     return request._replace(config=merge({"model": {"lm": settings}}, request.config)), path
@@ -168,7 +107,7 @@ def _say_if_diverged(path: Path | None, runs: list[Path]) -> None:
         where = f"diverged at step {json.loads(newest.read_bytes())['step']:,}"
     except (OSError, ValueError, KeyError, TypeError):
         where = "diverged"
-    start = "the beginning" if path is None else f"step {_content(path).get('global_step', 0):,}"
+    start = "the beginning" if path is None else f"step {step_of(path):,}"
     print(
         f"checkpoint: the run before {where} ({newest}); going on from {start}, which with the same data and settings diverges there again: "
         "lower model.lr or trainer.gradient_clip_val, or set model.max_skipped_steps",
@@ -191,6 +130,11 @@ def check_strategy(path: Path, strategy: object) -> None:
         raise ConfigError(
             f"ckpt_path: {path} is a sharded checkpoint, which only fsdp2 reads; make it one file: python -m recipes consolidate {path}"
         )
+
+
+def step_of(path: Path | None) -> int:
+    """The optimizer steps that were taken before a checkpoint; None: the beginning."""
+    return 0 if path is None else int(_content(path).get("global_step", 0))
 
 
 def is_finished(request: Request, path: Path, plan: Plan) -> bool:

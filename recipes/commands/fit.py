@@ -11,14 +11,25 @@ from typing import Any, NamedTuple
 from jsonargparse import Namespace
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.fabric.utilities.rank_zero import rank_zero_only
+from lightning.pytorch import Trainer
+from lightning.pytorch.callbacks import Timer
 
 from lit_modules.events import FULL
 from lit_modules.loss_curve import short_number
 from lit_modules.parallel import FSDP2, leave
-from lit_modules.stopping import Stopped, at_once, exit_code
+from lit_modules.stopping import Stopped, at_once, end_with_parent, exit_code, parent_of_others
 from mixers.errors import ConfigError
 from recipes.commands import gpu_ready, out_of_memory, sizes
-from recipes.commands.checkpoints import changeable, check_changes, check_model, check_resumable, check_strategy, is_finished, with_checkpoint
+from recipes.commands.checkpoints import (
+    changeable,
+    check_changes,
+    check_model,
+    check_resumable,
+    check_strategy,
+    is_finished,
+    step_of,
+    with_checkpoint,
+)
 from recipes.commands.cli import MixersCLI
 from recipes.commands.config_files import collect
 from recipes.commands.plan import Plan, make_plan
@@ -38,6 +49,7 @@ class Training(NamedTuple):
 
 def run(argv: list[str]) -> int:
     """Checks the config, makes the run folder, trains. A start that is refused leaves nothing behind."""
+    end_with_parent()
     try:
         with at_once():
             training = _prepare(argv)
@@ -100,8 +112,10 @@ def _train(training: Training) -> int:
     # of several processes one may wait for the others where no handler of a signal is called: there the system ends it
     signals = at_once() if cli.trainer.world_size == 1 else nullcontext()
     try:
-        with kept(about), _in_one_line(cli.config), signals:
+        with kept(about), _in_one_line(cli.config), signals, parent_of_others():
             cli.trainer.fit(cli.model, datamodule=cli.datamodule, ckpt_path=checkpoint, weights_only=True)
+            if cli.trainer.global_step == step_of(checkpoint) and plan.max_steps != 0:
+                raise ConfigError(_no_step(cli.trainer, checkpoint))
     except FloatingPointError:
         if _is_main_process():
             raise
@@ -115,6 +129,14 @@ def _train(training: Training) -> int:
     except Stopped as stop:
         return exit_code(cli.trainer, stop)
     return 0
+
+
+def _no_step(trainer: Trainer, checkpoint: Path | None) -> str:
+    """The line for a training that Lightning has ended before its first step."""
+    over = any(isinstance(callback, Timer) and (callback.time_remaining() or 0) <= 0 for callback in trainer.callbacks)  # type: ignore[attr-defined]
+    limit = "trainer.max_time" if over else "trainer.max_epochs"
+    where = "this training" if checkpoint is None else f"the checkpoint {checkpoint}"
+    return f"{limit}: no step was taken, {where} is at the end of it already; raise it"
 
 
 @contextmanager

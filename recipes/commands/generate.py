@@ -15,8 +15,9 @@ from lit_modules.intact import check_intact
 from mixers.base import at_least_one
 from mixers.errors import ConfigError
 from recipes.commands.arguments import Arguments
-from recipes.commands.checkpoints import find_checkpoint, run_config
+from recipes.commands.checkpoints import run_config
 from recipes.commands.config_files import dig, read_config
+from recipes.commands.newest import find_checkpoint
 
 
 def run(argv: list[str]) -> int:

@@ -153,6 +153,7 @@ class Receipt(Callback):
         """How the training ended."""
         outcome: dict[str, Any] = {"state": state, "step": self._trainer.global_step, "tokens": self._module.tokens}
         if error is not None:
+            error = error.__context__ if isinstance(error.__context__, KeyboardInterrupt) else error  # Lightning makes SystemExit of Ctrl-C
             outcome["what"] = f"{type(error).__name__}: {' '.join(str(error).split())[:500]}".removesuffix(": ")
             outcome["what"] += "" if state == "failed" or self.has_stepped else ", before the first step"
         if self.file.with_name(AUTOPSY).is_file():

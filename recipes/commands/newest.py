@@ -1,0 +1,106 @@
+"""Which checkpoint `last` and `auto` mean: that of the newest run. Where it is gone, no older one stands in for it."""
+
+from __future__ import annotations
+
+import csv
+from pathlib import Path
+from typing import Any
+
+import yaml
+from lightning.fabric.utilities.rank_zero import rank_zero_only
+
+from lit_modules.intact import last_good, old_of
+from lit_modules.saving import DIVERGED
+from lit_modules.saving import LAST as LAST_FILE
+from mixers.errors import ConfigError
+from recipes.commands.run_folder import CHECKPOINTS, CONFIG, METRICS
+
+LAST = "last"
+AUTO = "auto"  # last, or the beginning where no run has saved anything yet
+
+
+def find_checkpoint(path: str, *roots: Path) -> Path:
+    """The file or folder of a checkpoint; `last` (or `auto`) is the `last.ckpt` of the newest run in `roots` that has saved anything.
+
+    Raises:
+        ConfigError: there is none. No other one is taken in its place, but the newest that is whole is named.
+    """
+    if path not in (LAST, AUTO):
+        found = Path(path).expanduser()
+        if not found.exists():
+            raise ConfigError(f"ckpt_path: {path} does not exist (legal: a checkpoint, last or auto){last_good(beside(found))}")
+        return found
+    saved = saved_in(*roots)
+    if not {LAST_FILE, old_of(Path(LAST_FILE)).name} & {file.name for file in saved}:
+        where = ", ".join(map(str, roots)) or "runs"
+        raise ConfigError(f"ckpt_path: no run in {where} has a {LAST_FILE} to go on from{last_good({'': saved})}")
+    last = max({file.parent for file in saved}, key=lambda folder: _began(folder.parent)) / LAST_FILE
+    if last.exists():
+        return last
+    if not old_of(last).is_dir():
+        raise ConfigError(f"ckpt_path: {last} does not exist, and its run is the newest{last_good(beside(last))}")
+    rank_zero_only(print)(f"checkpoint: the run ended while {last} was replaced: going on from {old_of(last)}, which was there before", flush=True)
+    return old_of(last)
+
+
+def saved_in(*roots: Path) -> list[Path]:
+    """All checkpoints that a training may go on from, in folders of runs or of checkpoints."""
+    return [file for root in roots for files in ("*.ckpt", f"*/{CHECKPOINTS}/*.ckpt") for file in root.glob(files) if file.name != DIVERGED]
+
+
+def beside(path: Path) -> dict[str, list[Path]]:
+    """The other checkpoints of a run, and those of the runs beside it; of a checkpoint that lies elsewhere those in its folder. For `last_good`."""
+    folder = path.absolute().parent
+    there = [file for file in folder.glob("*.ckpt") if file != path.absolute() and file.name != DIVERGED]
+    if folder.name != CHECKPOINTS:
+        return {"beside it, which may be of another run, ": there}
+    others = [file for file in saved_in(*folder.parents[1:2]) if file.parent.name == CHECKPOINTS and file.parent != folder]
+    return {"of this run ": there, "of another run ": others}
+
+
+def _began(run: Path) -> int:
+    """When a run began, in ns. Not when it saved something: a file may be copied, or be made from another one later."""
+    config = run / CONFIG
+    return (config if config.is_file() else run).stat().st_mtime_ns
+
+
+def newest_run(roots: list[Path]) -> Path | None:
+    """The run that began last, whether or not it has saved anything."""
+    return max((config.parent for root in roots for config in root.glob(f"*/{CONFIG}")), key=_began, default=None)
+
+
+def check_there(roots: list[Path]) -> None:
+    """ConfigError if the newest run has no checkpoint, though one was due by its config and log: what an older one has is not where it ended."""
+    run = newest_run(roots)
+    if run is None:
+        return
+    try:
+        config = yaml.safe_load((run / CONFIG).read_bytes())
+        place = Path(config["checkpoint"]["dirpath"] or run / CHECKPOINTS).expanduser()
+        steps = [] if saved_in(place) else _steps(run)
+        if not steps or not _was_due(config, steps):
+            return
+    except (OSError, ValueError, KeyError, TypeError, yaml.YAMLError):  # a run that did not come so far
+        return
+    others = last_good({"of another run ": saved_in(*roots)})
+    raise ConfigError(
+        f"ckpt_path: {place} holds no checkpoint any more, but {run}, the newest run, has taken {steps[-1][0] + 1:,} steps and saved some there; "
+        f"to go on from before it, or from the beginning, remove {run}{others}"
+    )
+
+
+def _steps(run: Path) -> list[tuple[int, bool]]:
+    """The rows of a run's log: the number of the step, from 0, and whether it is that of a validation."""
+    with (run / METRICS).open(newline="", encoding="utf-8") as file:
+        return [(int(row["step"]), bool(row.get("val/loss"))) for row in csv.DictReader(file)]
+
+
+def _was_due(config: dict[str, Any], steps: list[tuple[int, bool]]) -> bool:
+    """Whether a run had a checkpoint to save, and took a step behind it, by when the rows of its log are."""
+    settings = config["checkpoint"]
+    if config["trainer"]["enable_checkpointing"] is False or (not settings["save_last"] and settings["save_top_k"] == 0):
+        return False
+    first, last, every = steps[0][0], steps[-1][0], settings["every_n_train_steps"]
+    if every:
+        return bool(last // every * every > first)
+    return settings["train_time_interval"] is None and any(validation and first <= step < last for step, validation in steps)
