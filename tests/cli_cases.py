@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 import yaml
 from lit_cases import one_thread as one_thread
 
@@ -74,3 +75,11 @@ def ended(pid: int) -> bool:
         return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] == "Z"
     except FileNotFoundError:
         return True
+
+
+def flip(file: Path, tensor: torch.Tensor) -> None:
+    """Flips a bit of a tensor in a file."""
+    content = bytearray(file.read_bytes())
+    place = content.index(tensor.contiguous().numpy().tobytes())
+    content[place + 1] ^= 4
+    file.write_bytes(content)

@@ -6,8 +6,7 @@ import torch
 from torch import Tensor
 
 from kernels.rotary.forward import as_tokens, documents, power, sizes_of, warps
-from kernels.rotary.op import CHUNK
-from kernels.rotary.tiles import TILES
+from kernels.rotary.tiles import CHUNK, TILES
 
 
 def rotary_keys(

@@ -10,8 +10,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from kernels.rotary.op import CHUNK
-from kernels.rotary.tiles import TILES
+from kernels.rotary.tiles import CHUNK, TILES
 from kernels.tiles import Tile
 
 

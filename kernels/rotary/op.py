@@ -12,8 +12,7 @@ import torch
 from torch import Tensor
 
 from kernels.autograd import differentiable
-
-CHUNK = 64  # tokens of a program, which sums their turns one by one
+from kernels.rotary.tiles import CHUNK
 
 
 @torch.library.custom_op("lightning_mixers::rotary_keys", mutates_args=())

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from kernels.tiles import Key, Tile, TileTable
 
+CHUNK = 64  # tokens of a program, which sums their turns one by one
 _H100_HALF = Key("sm_90", 2, 16)
 
 # ANGLES, PAIRS: angles, and pairs of channels, of a program. VECTOR: channels that a thread reads at once, at most: the fewer, the more heads are in
