@@ -237,6 +237,15 @@ def test_no_step_is_no_training(here: Path, capsys: pytest.CaptureFixture[str]) 
 
 
 @pytest.mark.usefixtures("here")
+def test_early_stopping_on_a_metric_that_nobody_logs(capsys: pytest.CaptureFixture[str]) -> None:
+    settings = ["--trainer.callbacks=lightning.pytorch.callbacks.EarlyStopping", "--trainer.callbacks.monitor=val/los"]
+    assert main([*COMMAND, *settings]) == 2
+    line = errors(capsys)[-1]
+    assert line.startswith("error: trainer.callbacks: Early stopping conditioned on metric `val/los` which is not available")
+    assert "val/loss" in line
+
+
+@pytest.mark.usefixtures("here")
 def test_weights_alone_are_not_gone_on_from(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     step = LitLM.training_step
 

@@ -152,6 +152,10 @@ def _in_one_line(config: Namespace) -> Iterator[None]:
         if "`val_check_interval`" not in str(error):  # which is held against the number of batches when they are known
             raise
         raise ConfigError(f"trainer.val_check_interval: {error}") from error
+    except RuntimeError as error:
+        if not str(error).startswith("Early stopping conditioned on metric"):  # which another callback might log: it is known at the first validation
+            raise
+        raise ConfigError(f"trainer.callbacks: {error}") from error
     except OSError as error:
         if error.errno not in FULL:
             raise
