@@ -69,8 +69,7 @@ def at_once() -> Iterator[None]:
 @contextmanager
 def parent_of_others() -> Iterator[None]:
     """Around what may start processes for other ranks: they learn whose they are."""
-    given = os.environ.get(PARENT)
-    os.environ[PARENT] = given or str(os.getpid())
+    os.environ.setdefault(PARENT, str(os.getpid()))
     try:
         yield
     finally:

@@ -26,6 +26,8 @@ from lit_modules.lit_lm import LitLM
 from lit_modules.stopping import Stopped, at_once
 from recipes.__main__ import main
 from recipes.commands import fit, gpu_ready, receipt
+from recipes.commands.checkpoints import with_checkpoint
+from recipes.commands.config_files import collect
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # Lightning's advice: no logger, few workers, ..
 COMMAND = ["fit", "--config=small.yaml", "--summary.max_new_tokens=0", "--trainer.default_root_dir=some/where"]
@@ -234,6 +236,15 @@ def test_no_step_is_no_training(here: Path, capsys: pytest.CaptureFixture[str]) 
     assert main([*COMMAND, "--trainer.max_time=00:00:00:00"]) == 2
     assert "trainer.max_time: no step was taken, this training is at the end of it already; raise it" in errors(capsys)[-1]
     assert sorted(here.glob("some/where/*")) == runs
+
+
+def test_a_training_that_saves_in_the_place_of_what_it_goes_on_from(here: Path) -> None:
+    """Its own last step is not taken for the one that it began with. A checkpoint that lies among the runs is none of a run's."""
+    for limit in (2, 4):
+        assert main([*COMMAND, "--checkpoint.dirpath=place", f"--trainer.max_steps={limit}", "--ckpt_path=auto"]) == 0
+    assert len([*here.glob("some/where/*/receipt.json")]) == 2
+    shutil.copytree("place", "runs_to_be")
+    assert with_checkpoint(collect([*COMMAND[1:-1], "--trainer.default_root_dir=runs_to_be", "--ckpt_path=auto"]))[1] is None
 
 
 @pytest.mark.usefixtures("here")

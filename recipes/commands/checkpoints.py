@@ -23,7 +23,7 @@ from lit_modules.saving import DIVERGED
 from lit_modules.sharded import read_index
 from mixers.errors import ConfigError, unknown
 from recipes.commands.config_files import Request, merge
-from recipes.commands.newest import AUTO, LAST, beside, check_there, find_checkpoint, newest_run, saved_in
+from recipes.commands.newest import AUTO, LAST, beside, check_there, find_checkpoint, newest_run, saved_by, saved_in
 from recipes.commands.plan import Plan
 from recipes.commands.receipt import read_receipt
 from recipes.commands.run_folder import CONFIG, default_root
@@ -67,15 +67,15 @@ def with_checkpoint(request: Request, *, any_run: bool = False) -> tuple[Request
         return request, None
     root = request.option("trainer.default_root_dir")
     roots = [*Path("runs").glob("*")] if any_run and not root and not request.files else [Path(root or default_root(request.files))]
-    elsewhere = request.option("checkpoint.dirpath") not in (None, "null")
-    where = [Path(str(request.option("checkpoint.dirpath"))).expanduser()] if elsewhere else roots
+    given_place = request.option("checkpoint.dirpath")
+    place = None if given_place in (None, "null") else Path(str(given_place)).expanduser()
     if given in (LAST, AUTO):
         check_there(roots)
-    if given == AUTO and not saved_in(*where):
-        rank_zero_only(print)(f"checkpoint: none in {where[0]} yet, so training starts at the beginning", flush=True)
+    if given == AUTO and not (saved_by(*roots) if place is None else saved_in(place)):
+        rank_zero_only(print)(f"checkpoint: none in {place or roots[0]} yet, so training starts at the beginning", flush=True)
         _say_if_diverged(None, [*roots[0].glob("*")])
         return request, None
-    path = find_checkpoint(str(given), *where)
+    path = find_checkpoint(str(given), *roots, place=place)
     try:
         if rank_zero_only.rank == 0:  # type: ignore[attr-defined]
             check_intact(path, f"ckpt_path: {path}")
@@ -83,7 +83,7 @@ def with_checkpoint(request: Request, *, any_run: bool = False) -> tuple[Request
     except ConfigError as error:
         raise ConfigError(f"{error}{last_good(beside(path))}") from error
     newest = newest_run(roots)
-    passed = given in (LAST, AUTO) and not elsewhere and newest not in (None, *path.parents)
+    passed = given in (LAST, AUTO) and place is None and newest not in (None, *path.parents)
     if newest is not None and passed and not (newest / AUTOPSY).is_file():  # of one that diverged more is said
         rank_zero_only(print)(f"checkpoint: the newest run, {newest}, has none; going on from {path}", flush=True)
     if not any_run:

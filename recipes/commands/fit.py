@@ -109,12 +109,13 @@ def _read_data(cli: MixersCLI, plan: Plan, checkpoint: Path | None, may_change: 
 
 def _train(training: Training) -> int:
     cli, plan, checkpoint, about = training
+    begun = step_of(checkpoint)  # now: the training may save in the place of what it goes on from
     # of several processes one may wait for the others where no handler of a signal is called: there the system ends it
     signals = at_once() if cli.trainer.world_size == 1 else nullcontext()
     try:
         with kept(about), _in_one_line(cli.config), signals, parent_of_others():
             cli.trainer.fit(cli.model, datamodule=cli.datamodule, ckpt_path=checkpoint, weights_only=True)
-            if cli.trainer.global_step == step_of(checkpoint) and plan.max_steps != 0:
+            if cli.trainer.global_step == begun and plan.max_steps != 0:
                 raise ConfigError(_no_step(cli.trainer, checkpoint))
     except FloatingPointError:
         if _is_main_process():
@@ -133,10 +134,12 @@ def _train(training: Training) -> int:
 
 def _no_step(trainer: Trainer, checkpoint: Path | None) -> str:
     """The line for a training that Lightning has ended before its first step."""
-    over = any(isinstance(callback, Timer) and (callback.time_remaining() or 0) <= 0 for callback in trainer.callbacks)  # type: ignore[attr-defined]
-    limit = "trainer.max_time" if over else "trainer.max_epochs"
     where = "this training" if checkpoint is None else f"the checkpoint {checkpoint}"
-    return f"{limit}: no step was taken, {where} is at the end of it already; raise it"
+    if any(isinstance(callback, Timer) and (callback.time_remaining() or 0) <= 0 for callback in trainer.callbacks):  # type: ignore[attr-defined]
+        return f"trainer.max_time: no step was taken, {where} is at the end of it already; raise it"
+    if trainer.max_epochs is not None and -1 < trainer.max_epochs <= trainer.current_epoch:
+        return f"trainer.max_epochs: no step was taken, {where} is at the end of it already; raise it"
+    return f"trainer: no step was taken, {where} is at its end already, or a callback has stopped it"
 
 
 @contextmanager

@@ -19,8 +19,13 @@ LAST = "last"
 AUTO = "auto"  # last, or the beginning where no run has saved anything yet
 
 
-def find_checkpoint(path: str, *roots: Path) -> Path:
+def find_checkpoint(path: str, *roots: Path, place: Path | None = None) -> Path:
     """The file or folder of a checkpoint; `last` (or `auto`) is the `last.ckpt` of the newest run in `roots` that has saved anything.
+
+    Args:
+        path: what the user has given.
+        roots: folders of runs.
+        place: a folder where runs save, in place of their own.
 
     Raises:
         ConfigError: there is none. No other one is taken in its place, but the newest that is whole is named.
@@ -30,9 +35,9 @@ def find_checkpoint(path: str, *roots: Path) -> Path:
         if not found.exists():
             raise ConfigError(f"ckpt_path: {path} does not exist (legal: a checkpoint, last or auto){last_good(beside(found))}")
         return found
-    saved = saved_in(*roots)
+    saved = saved_by(*roots) if place is None else saved_in(place)
     if not {LAST_FILE, old_of(Path(LAST_FILE)).name} & {file.name for file in saved}:
-        where = ", ".join(map(str, roots)) or "runs"
+        where = ", ".join(map(str, roots if place is None else [place])) or "runs"
         raise ConfigError(f"ckpt_path: no run in {where} has a {LAST_FILE} to go on from{last_good({'': saved})}")
     last = max({file.parent for file in saved}, key=lambda folder: _began(folder.parent)) / LAST_FILE
     if last.exists():
@@ -43,18 +48,23 @@ def find_checkpoint(path: str, *roots: Path) -> Path:
     return old_of(last)
 
 
-def saved_in(*roots: Path) -> list[Path]:
-    """All checkpoints that a training may go on from, in folders of runs or of checkpoints."""
-    return [file for root in roots for files in ("*.ckpt", f"*/{CHECKPOINTS}/*.ckpt") for file in root.glob(files) if file.name != DIVERGED]
+def saved_in(*folders: Path) -> list[Path]:
+    """The checkpoints in some folders that a training may go on from."""
+    return [file for folder in folders for file in folder.glob("*.ckpt") if file.name != DIVERGED]
+
+
+def saved_by(*roots: Path) -> list[Path]:
+    """Those of all runs in folders of runs."""
+    return saved_in(*(folder for root in roots for folder in root.glob(f"*/{CHECKPOINTS}")))
 
 
 def beside(path: Path) -> dict[str, list[Path]]:
     """The other checkpoints of a run, and those of the runs beside it; of a checkpoint that lies elsewhere those in its folder. For `last_good`."""
     folder = path.absolute().parent
-    there = [file for file in folder.glob("*.ckpt") if file != path.absolute() and file.name != DIVERGED]
+    there = [file for file in saved_in(folder) if file != path.absolute()]
     if folder.name != CHECKPOINTS:
         return {"beside it, which may be of another run, ": there}
-    others = [file for file in saved_in(*folder.parents[1:2]) if file.parent.name == CHECKPOINTS and file.parent != folder]
+    others = [file for file in saved_by(*folder.parents[1:2]) if file.parent != folder]
     return {"of this run ": there, "of another run ": others}
 
 
@@ -82,7 +92,7 @@ def check_there(roots: list[Path]) -> None:
             return
     except (OSError, ValueError, KeyError, TypeError, yaml.YAMLError):  # a run that did not come so far
         return
-    others = last_good({"of another run ": saved_in(*roots)})
+    others = last_good({"of another run ": saved_by(*roots)})
     raise ConfigError(
         f"ckpt_path: {place} holds no checkpoint any more, but {run}, the newest run, has taken {steps[-1][0] + 1:,} steps and saved some there; "
         f"to go on from before it, or from the beginning, remove {run}{others}"
