@@ -15,7 +15,9 @@ test: lint $(REFERENCES)/installed
 
 # The kernels on a GPU; writes docs/gpu_tests.md. Needs torch, triton and pytest, no .venv: make test-gpu PYTHON_TEST=python3 COMMIT=...
 PYTHON_TEST ?= $(if $(wildcard $(BIN)/python),$(BIN)/python,python3)
-GPU_PROCESSES ?= $(shell n=$$(nproc); echo $$((n < 8 ? n : 8)))
+# one process a core, since most of the time goes to compiling, and one for 5 GB of the GPU's memory at most
+GPU_PROCESSES ?= $(shell n=$$(nproc); m=$$(nvidia-smi --query-gpu=memory.total --format=csv,noheader,nounits 2>/dev/null | head -1); \
+	m=$$(($${m:-40000} / 5000)); echo $$((n < m ? n : m)))
 test-gpu:
 	$(PYTHON_TEST) -m pytest -o addopts=-q -p no:cacheprovider $(if $(GPU_PROCESSES),-n $(GPU_PROCESSES)) tests/gpu \
 		--gpu-summary docs/gpu_tests.md $(if $(COMMIT),--gpu-commit $(COMMIT))

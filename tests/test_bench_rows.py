@@ -117,7 +117,7 @@ def test_the_page_of_the_gpu_tests() -> None:
     assert spec.loader is not None
     summary = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(summary)
-    where = summary.Facts("Toy GPU", "580", "2.11", "3.6", "abc", "2026-11-23")
+    where = summary.Facts("Toy GPU", "580", "2.11", "3.6", "abc", "2026-11-23", 16)
     outcomes = [
         summary.Outcome("tests/gpu/test_a.py::one", "passed", 3.0),
         summary.Outcome("tests/gpu/test_a.py::two", "failed", 9.0),
@@ -131,7 +131,7 @@ def test_the_page_of_the_gpu_tests() -> None:
     assert "| **all** | 2 | 1 | 0 | 1 |" in text
     assert "| `test_b.py::four` | dk | 2.00e-03 | 1.00e-03 | 3.00e-03 | 4.00e-03 |" in text
     assert "Errors against" not in summary.page(where, outcomes[:3], 1, 1)
-    assert "| duration | 61 s in 8 processes |" in text
+    assert "| duration | 61 s in 8 processes on 16 cores; one after the other 13 s |" in text
     assert text.index("`tests/gpu/test_a.py::two` | 9.0") < text.index("`tests/gpu/test_a.py::one` | 3.0")
     assert "**passed**" in summary.page(where, outcomes[:1], 1, 1)
     assert "**nothing was tested**" in summary.page(where, [], 1, 1)

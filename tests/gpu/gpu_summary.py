@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Mapping, Sequence
@@ -33,6 +34,7 @@ class Facts(NamedTuple):
     triton: str
     commit: str
     date: str
+    cores: int = 1
 
 
 def facts(commit: str | None = None) -> Facts:
@@ -42,9 +44,10 @@ def facts(commit: str | None = None) -> Facts:
 
     from recipes.commands.machine import driver_version
 
-    gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else "none"
+    count = torch.cuda.device_count()
+    gpu = f"{count} x {torch.cuda.get_device_name()}" if count > 1 else torch.cuda.get_device_name() if count else "none"
     driver = driver_version(Path("/proc/driver/nvidia/version")) or "none"
-    return Facts(gpu, driver, torch.__version__, triton.__version__, commit or _commit(), datetime.now(UTC).date().isoformat())
+    return Facts(gpu, driver, torch.__version__, triton.__version__, commit or _commit(), datetime.now(UTC).date().isoformat(), os.cpu_count() or 1)
 
 
 def _commit() -> str:
@@ -72,7 +75,8 @@ def page(where: Facts, outcomes: Iterable[Outcome], seconds: float, processes: i
     lines = ["# Tests on a GPU", "", f"Written by `make test-gpu`. The kernels' tests, on the GPU: **{verdict}**.", ""]
     names = {"commit": where.commit, "date": where.date, "GPU": where.gpu, "driver": where.driver, "torch": where.torch, "triton": where.triton}
     lines += ["| | |", "|---|---|", *(f"| {name} | {value} |" for name, value in names.items())]
-    lines += [f"| duration | {seconds:.0f} s in {processes} processes |", ""]
+    tests = sum(one.seconds for one in outcomes)
+    lines += [f"| duration | {seconds:.0f} s in {processes} processes on {where.cores} cores; one after the other {tests:,.0f} s |", ""]
     lines += [f"| file | {' | '.join(OUTCOMES)} |", f"|---|{'---:|' * len(OUTCOMES)}"]
     lines += [f"| {file} | {' | '.join(str(counts[o]) for o in OUTCOMES)} |" for file, counts in sorted(by_file.items())]
     lines += [f"| **all** | {' | '.join(str(total[o]) for o in OUTCOMES)} |", ""]

@@ -24,7 +24,8 @@ STEPS = 40
 FIT = ["-m", "recipes", "fit", "--config", "quickstart", "--trainer.log_every_n_steps", "1", "--trainer.enable_progress_bar", "false",
        "--trainer.limit_val_batches", "0", "--summary.max_new_tokens", "0", "--checkpoint.every_n_train_steps", "5",
        "--trainer.max_steps", str(STEPS), "--ckpt_path", "auto", "--trainer.default_root_dir"]  # fmt: skip
-EXACT = ["--trainer.precision", "bf16-mixed", "--trainer.deterministic", "true"]
+ONE = ["--trainer.devices", "1"]  # without it Lightning takes all
+EXACT = [*ONE, "--trainer.precision", "bf16-mixed", "--trainer.deterministic", "true"]
 TWO = pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
 
 
@@ -78,11 +79,12 @@ def test_killed_twice_and_resumed_to_the_bit(tmp_path: Path) -> None:
 
 
 @TWO
+@pytest.mark.long
 @pytest.mark.parametrize("strategy", ["ddp", "fsdp2", "fsdp2_zero2"])
 def test_two_gpus_train_as_one(strategy: str, tmp_path: Path) -> None:
     """Losses of 40 steps in float32, to 1e-4."""
     micro_batches = "--trainer.accumulate_grad_batches"
-    finish(tmp_path / "one", "--trainer.precision", "32-true", micro_batches, "4")
+    finish(tmp_path / "one", *ONE, "--trainer.precision", "32-true", micro_batches, "4")
     finish(tmp_path / "two", "--trainer.precision", "32-true", micro_batches, "2", "--trainer.devices", "2", "--trainer.strategy", strategy)
     one, two = ({step: float(loss) for step, loss in losses(tmp_path / name).items()} for name in ("one", "two"))
     assert len(one) == STEPS
