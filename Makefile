@@ -19,7 +19,7 @@ PYTHON_TEST ?= $(if $(wildcard $(BIN)/python),$(BIN)/python,python3)
 GPU_PROCESSES ?= $(shell n=$$(nproc); m=$$(nvidia-smi --query-gpu=memory.total --format=csv,noheader,nounits 2>/dev/null | head -1); \
 	m=$$(($${m:-40000} / 5000)); echo $$((n < m ? n : m)))
 test-gpu:
-	$(PYTHON_TEST) -m pytest -o addopts=-q -p no:cacheprovider $(if $(GPU_PROCESSES),-n $(GPU_PROCESSES)) tests/gpu \
+	OMP_NUM_THREADS=1 $(PYTHON_TEST) -m pytest -o addopts=-q -p no:cacheprovider $(if $(GPU_PROCESSES),-n $(GPU_PROCESSES)) tests/gpu \
 		--gpu-summary docs/gpu_tests.md $(if $(COMMIT),--gpu-commit $(COMMIT))
 
 # every kernel that doctor would run, compiled for every architecture; `make test` compiles those that ask for most

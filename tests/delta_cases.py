@@ -143,11 +143,15 @@ class Inputs(NamedTuple):
     def to(self, dtype: torch.dtype) -> Inputs:
         return self._replace(leaves={name: leaf.to(dtype) for name, leaf in self.leaves.items()})
 
+    def on(self, device: torch.device | str) -> Inputs:
+        """On `device`, as they are."""
+        options = {name: x.to(device) if isinstance(x, Tensor) else x for name, x in self.options.items()}
+        return self._replace(leaves={name: leaf.to(device) for name, leaf in self.leaves.items()}, options=options)
+
     def rounded(self, dtype: torch.dtype, device: torch.device | str = "cpu", *, wide: Sequence[str] = ("g", "state")) -> Inputs:
         """On `device` and in `dtype`, but for the arguments `wide`, which are in float32."""
-        options = {name: x.to(device) if isinstance(x, Tensor) else x for name, x in self.options.items()}
-        leaves = {name: x.to(device, torch.float32 if name in wide else dtype) for name, x in self.leaves.items()}
-        return self._replace(leaves=leaves, options=options)
+        leaves = {name: x.to(torch.float32 if name in wide else dtype) for name, x in self.leaves.items()}
+        return self._replace(leaves=leaves).on(device)
 
 
 def make(case: Case, seed: int = 0) -> Inputs:
@@ -227,7 +231,7 @@ def errors(got: dict[str, Tensor], expected: dict[str, Tensor], at_least: dict[s
     assert got.keys() == expected.keys()
     result = {}
     for name, reference in expected.items():
-        value = got[name].to(torch.float64)
+        value = got[name].to(reference.device, torch.float64)
         finite = value.shape == reference.shape and bool(value.isfinite().all()) and bool(reference.isfinite().all())
         difference = (value - reference).abs().max().item() if finite else float("inf")
         largest = max(reference.abs().max().item(), (at_least or {}).get(name, 0.0)) if finite else 1.0

@@ -42,6 +42,7 @@ REFUSED = {
     "kernel": (["tune", "--op", "gates", "--kernel", "forwards"], ["kernel: unknown kernel 'forwards'", "did you mean 'forward'"]),
     "dtype": (["op", "--dtype", "bf16"], ["dtype: unknown dtype 'bf16'", "bfloat16"]),
     "heads": (["op", "--heads", "0"], ["heads", ">= 1"]),
+    "value size": (["op", "--v_dim", "0"], ["v_dim", ">= 1"]),
     "heads of decode": (["decode", "--heads", "0"], ["heads", ">= 1"]),
     "heads that are no number": (["op", "--heads", "many"], ["heads", "many"]),
     "batches": (["decode", "--batches", "1,x"], ["batches", "1,32,256", "'1,x'"]),
@@ -76,6 +77,18 @@ def test_an_op_on_its_reference_is_not_timed(monkeypatch: pytest.MonkeyPatch, ca
     monkeypatch.setattr(bench_ops.backends, "TRITON_OPS", frozenset())
     assert main(["bench", "op"]) == 2
     assert "ops: delta runs on its plain-torch reference here" in capsys.readouterr().err
+
+
+def test_values_may_have_another_size(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As in Mamba-2: heads of 64 with a state of 128."""
+    asked: list[problems.Shape] = []
+    monkeypatch.setattr(bench_ops, "prepare", lambda _: MACHINE)
+    monkeypatch.setattr(bench_ops.backends, "why_not", lambda *_: None)
+    monkeypatch.setattr(bench_ops, "CudaClock", FakeClock)
+    monkeypatch.setattr(bench_groups, "groups", lambda op, mixers, shape, *_: asked.append(shape) or [])  # noqa: ARG005
+    assert main(["bench", "op", "--ops", "ssd", "--shapes", "4x16", "--heads", "2", "--dim", "128", "--v_dim", "64"]) == 0
+    assert main(["bench", "op", "--ops", "ssd", "--shapes", "4x16", "--heads", "2", "--dim", "32"]) == 0
+    assert asked == [problems.Shape(4, 16, 2, 128, 64), problems.Shape(4, 16, 2, 32, 32)]
 
 
 # --- taking turns ---

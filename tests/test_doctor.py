@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -237,6 +239,29 @@ def test_what_was_found_survives_an_interrupt(attempts: list[str]) -> None:
         verdict.prove([trial_of("a"), trial_of("interrupted")], GPU)
     verdict.prove([trial_of("a")], GPU)
     assert attempts == ["a", "interrupted"]
+
+
+def test_runs_that_start_together_check_once(attempts: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    trials, found = [trial_of("a"), trial_of("b")], [Result(trial_of(name).label, True, 1e-6, "o") for name in "ab"]
+    with ThreadPoolExecutor(1) as pool:
+        with verdict.one_at_a_time(KEY):
+            second = pool.submit(verdict.prove, trials, GPU)
+            until = time.time() + 60
+            while "waiting for what it finds" not in capsys.readouterr().out:
+                assert time.time() < until
+                time.sleep(0.01)
+            verdict.save(KEY, found)
+            assert verdict.prove(trials, GPU) == found  # all is known: nobody waits
+            assert not second.done()
+        assert second.result(60) == found
+    assert attempts == []
+
+
+def test_without_locks_every_run_checks(attempts: list[str], tmp_path: Path) -> None:
+    (tmp_path / "cache").write_text("a file is in the way")
+    for _ in range(2):
+        assert verdict.prove([trial_of("a")], GPU)[0].passed
+    assert attempts == ["a", "a"]
 
 
 @pytest.mark.parametrize(

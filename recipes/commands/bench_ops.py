@@ -29,8 +29,9 @@ def run(argv: list[str]) -> int:
     given = _parser().parse_args(argv)
     ops = _names("ops", given.ops, bench_groups.OPS)
     mixers = _names("mixers", given.mixers, problems.WIDTHS)
-    shapes = [Shape(batch, tokens, given.heads, given.dim, given.dim) for batch, tokens in shapes_of(given.shapes)]
-    numbers_of(heads=given.heads, dim=given.dim)
+    v_dim = given.dim if given.v_dim is None else given.v_dim
+    shapes = [Shape(batch, tokens, given.heads, given.dim, v_dim) for batch, tokens in shapes_of(given.shapes)]
+    numbers_of(heads=given.heads, dim=given.dim, v_dim=v_dim)
     dtype, baselines = dtype_of(given.dtype), check_baselines(given.baseline)
     machine = prepare(given)
     for op in ops:
@@ -47,7 +48,8 @@ def run(argv: list[str]) -> int:
 
 def measure(group: Group, shape: Shape, clock: Clock, machine: bench_rows.Machine, given: Namespace) -> bool:
     """Proves, times and writes down a group. False if ours is wrong: then there is no figure."""
-    title = f"{group.entries[0].what}, {shape.batch} x {shape.tokens:,} tokens, {shape.heads} heads of {shape.dk}, {given.dtype}"
+    size = f"{shape.dk}" if shape.dk == shape.dv else f"{shape.dk} x {shape.dv}"
+    title = f"{group.entries[0].what}, {shape.batch} x {shape.tokens:,} tokens, {shape.heads} heads of {size}, {given.dtype}"
     try:
         usable, errors = prove(group, dtype_of(given.dtype), show_all=given.errors)
     except WrongResultError as error:
@@ -126,7 +128,8 @@ def _parser() -> Arguments:
     parser.add_argument("--ops", default="delta", help=f"of {', '.join(bench_groups.OPS)}, with commas between them (%(default)s)")
     parser.add_argument("--mixers", default="gdn2,kda,gdn", help="whose gates the delta rule gets (%(default)s)")
     parser.add_argument("--heads", type=int, default=16, help="heads (%(default)s)")
-    parser.add_argument("--dim", type=int, default=128, help="size of a head (%(default)s)")
+    parser.add_argument("--dim", type=int, default=128, help="size of a head; d_state of ssd and siso (%(default)s)")
+    parser.add_argument("--v_dim", type=int, help="size of a head of values (default: as --dim)")
     parser.add_argument("--first-call", action="store_true", help="time the first call of a fresh process with an empty cache too")
     parser.add_argument("--errors", action="store_true", help="print the error of every tensor of every implementation against float64")
     return parser

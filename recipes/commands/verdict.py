@@ -8,10 +8,10 @@ import math
 import os
 import signal
 import sys
-from collections.abc import Callable, Generator, Iterable, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
-from contextlib import suppress
+from contextlib import ExitStack, contextmanager, nullcontext, suppress
 from multiprocessing import get_context
 from pathlib import Path
 from typing import NamedTuple
@@ -23,6 +23,7 @@ from recipes.commands import checks, problems
 from recipes.commands.checks import Result, Trial
 from recipes.commands.machine import triton_version
 
+Say = Callable[[Result, bool], object]
 PROCESSES = min(16, os.cpu_count() or 1)
 
 
@@ -94,6 +95,28 @@ def save(key: Key, results: Iterable[Result]) -> bool:
     return True
 
 
+@contextmanager
+def one_at_a_time(key: Key) -> Iterator[None]:
+    """Lets one process of this key prove at a time, and the others wait: runs that start together need what the first of them finds.
+
+    Where no file can be locked, they do not wait for each other.
+    """
+    with ExitStack() as held:
+        try:
+            import fcntl  # Unix has it
+
+            cache_folder().mkdir(parents=True, exist_ok=True)
+            lock = held.enter_context(cache_file(key).with_suffix(".lock").open("w"))
+            try:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                print("another process is checking the kernels of this GPU: waiting for what it finds", flush=True)
+                fcntl.flock(lock, fcntl.LOCK_EX)
+        except (ImportError, OSError):
+            pass
+        yield
+
+
 def attempts(trials: Sequence[Trial], device: torch.device) -> Generator[Result, None, None]:
     """The results of trials, one after the other. On a GPU several processes share them: nearly all the time goes into compiling."""
     if device.type == "cuda" and PROCESSES > 1 and len(trials) > 1:
@@ -135,25 +158,30 @@ def prove(
     device: torch.device,
     *,
     recheck: bool = False,
-    say: Callable[[Result, bool], object] | None = None,
+    say: Say | None = None,
 ) -> list[Result]:
     """The results of trials, known or found now. `say` is called with each and whether it was known.
 
     Only passed trials count as known: one that failed is tried again.
     """
-    key = key_of(device)
+    key, trials, results = key_of(device), list(trials), []
     kept = device.type == "cuda"  # the reference takes seconds
-    known = {label: result for label, result in load(key).items() if result.passed} if kept and not recheck else {}
-    trials, results = list(trials), []
-    fresh = attempts([trial for trial in trials if trial.label not in known], device)
-    try:
-        for trial in trials:
-            result = known[trial.label] if trial.label in known else next(fresh)
-            if say is not None:
-                say(result, trial.label in known)
-            results.append(result)
-    finally:  # what was found is kept when Ctrl-C ends the rest
-        fresh.close()
-        if kept:
-            save(key, results)
+
+    def passed() -> dict[str, Result]:
+        return {label: result for label, result in load(key).items() if result.passed} if kept and not recheck else {}
+
+    missing = not passed().keys() >= {trial.label for trial in trials}
+    with one_at_a_time(key) if kept and missing else nullcontext():
+        known = passed()
+        fresh = attempts([trial for trial in trials if trial.label not in known], device)
+        try:
+            for trial in trials:
+                result = known[trial.label] if trial.label in known else next(fresh)
+                if say is not None:
+                    say(result, trial.label in known)
+                results.append(result)
+        finally:  # what was found is kept when Ctrl-C ends the rest
+            fresh.close()
+            if kept:
+                save(key, results)
     return results

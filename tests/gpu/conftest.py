@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import os
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -24,12 +25,14 @@ def pytest_ignore_collect() -> bool | None:
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Tests marked `gpu` need one: sizes and dtypes that the interpreter has no time or no means for. Those marked `long` begin early, each in
+    """Tests marked `gpu` need one: sizes and dtypes that the interpreter has no time or no means for. Those marked `long` begin first, each in
     another process."""
     long = [item for item in items if item.get_closest_marker("long")]
     rest = [item for item in items if item not in long]
+    processes = int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1"))
+    first = max(len(items) // processes // 4, 2)  # tests that a process is given at the start
     for n, item in enumerate(long):
-        rest.insert(n * (len(rest) // 50), item)  # a process gets a fourth of its share at first
+        rest.insert(n * first, item)
     items[:] = rest
     for item in items:
         if item.get_closest_marker("gpu") and not ON_GPU:

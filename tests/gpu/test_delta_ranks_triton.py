@@ -67,8 +67,8 @@ if ON_GPU:
     CASES |= {f"rank {ranks}, {size}, long": (make(ranks, 1000, sizes=(size, size)), LOW) for ranks in (1, 4) for size in (32, 64, 128)}
 
 
-def run(problem: Problem, function: Callable[..., Any] = kernel, dtype: torch.dtype | None = None) -> Results:
-    there = problem.to(dtype or problem.leaves["q"].dtype, DEVICE)
+def run(problem: Problem, function: Callable[..., Any] = kernel, dtype: torch.dtype | None = None, device: torch.device | str = DEVICE) -> Results:
+    there = problem.to(dtype or problem.leaves["q"].dtype, device)
     return problems.run(there, partial(function, scale=1.0, **there.options))
 
 
@@ -76,7 +76,7 @@ def run(problem: Problem, function: Callable[..., Any] = kernel, dtype: torch.dt
 def test_agrees_with_float64(name: str) -> None:
     problem, dtype = CASES[name]
     rounded = problem.to(dtype)
-    got, wanted = run(rounded), run(rounded, recurrent, torch.float64)
+    got, wanted = run(rounded), run(rounded, recurrent, torch.float64, "cpu")
     errors = problems.errors(got, wanted)
     assert max(errors.values()) <= TOLERANCE[dtype], errors
     dtypes = {f"d{name}": x.dtype for name, x in rounded.leaves.items()} | {"o": dtype, "final": torch.float32}

@@ -22,6 +22,7 @@ from kernels.delta.reference import recurrent
 pytestmark = pytest.mark.usefixtures("poison")
 
 SIZE = 64 if ON_GPU else 16
+MANY = 10  # cases of a variant: tens of seconds
 DTYPES = (torch.float32, LOW)
 MODELS = ("gdn2", "kda", "gdn", "deltanet", "gla", "mamba2") if ON_GPU else ("gdn2", "gdn", "gla", "mamba2")
 FULL = case_of("gdn2", SIZE, SIZE, groups=2 if ON_GPU else 1)
@@ -31,7 +32,7 @@ by_model = pytest.mark.parametrize("model", MODELS)
 by_dtype = pytest.mark.parametrize("dtype", DTYPES if ON_GPU else DTYPES[:1], ids=str)
 
 
-@pytest.mark.parametrize("variant", variants(), ids=str)
+@pytest.mark.parametrize("variant", [pytest.param(v, marks=[pytest.mark.long] * (len(v.cases) > MANY)) for v in variants()], ids=str)
 def test_agrees_with_float64(variant: Variant, tmp_path_factory: pytest.TempPathFactory) -> None:
     check(variant, tmp_path_factory.getbasetemp().parent)  # a folder that all test processes share
 
