@@ -58,9 +58,10 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 
 def pytest_terminal_summary(terminalreporter: Any, config: pytest.Config) -> None:
-    """Writes the page, whether or not tests failed. With several processes only the one that leads them gets here."""
+    """Writes the page, whether or not tests failed. With several processes only the one that leads them knows of all: the others get here too where
+    it was ended."""
     path = config.getoption("--gpu-summary")
-    if path is None:
+    if path is None or hasattr(config, "workerinput"):
         return
     from gpu_summary import BESIDE, OUTCOMES, Outcome, facts, page
 
