@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import sys
+from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
 
 from lit_modules.data.builtin import standard_library
-from lit_modules.data.corpus import read_corpus
+from lit_modules.data.corpus import check_text_key, read_corpus
 from mixers.errors import ConfigError
 
 
@@ -53,6 +54,22 @@ def test_folder_file_and_glob(tmp_path: Path) -> None:
     assert list(read_corpus(str(tmp_path))) == expected
     assert list(read_corpus(str(tmp_path / "a.txt"))) == [("a.txt", "é")]
     assert [document.text for document in read_corpus(str(tmp_path / "**" / "*.[tr]*t"))] == ["é", "z\r\n"]
+
+
+@pytest.mark.parametrize(
+    ("files", "found"), [(["a.txt"], False), (["a.txt", "b.jsonl"], True), (["b.parquet"], True), ([], True)], ids=["text", "both", "parquet", "none"]
+)
+def test_a_text_key_that_no_file_has_use_for(files: list[str], found: bool, tmp_path: Path) -> None:
+    """Without files, the path is what is wrong."""
+    for name in files:
+        (tmp_path / name).write_text("x")
+    check_text_key("text", [], "text_key")
+    with (
+        nullcontext()
+        if found
+        else pytest.raises(ConfigError, match=r"text_key: 'body' would be looked up in no file: it is of \.jsonl and \.parquet")
+    ):
+        check_text_key("body", [str(tmp_path)], "text_key")
 
 
 def test_text_key(tmp_path: Path) -> None:

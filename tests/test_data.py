@@ -67,6 +67,17 @@ def test_describe(corpus: Path, tmp_path: Path) -> None:
     assert data_of(corpus, split_seed=1).describe()["train"]["identity"] != train["identity"]
 
 
+def test_a_text_key_is_of_files_that_have_keys(corpus: Path, tmp_path: Path) -> None:
+    (tmp_path / "a.txt").write_text("one text")
+    for path in (str(tmp_path / "a.txt"), None):  # None: the built-in corpus
+        with pytest.raises(ConfigError, match=r"data\.text_key: 'body' would be looked up in no file"):
+            PackedText(path, text_key="body").setup()
+    with pytest.raises(ConfigError, match=r"data\.path: .* has no key 'body'"):
+        data_of(corpus, text_key="body").setup()
+    with pytest.raises(ConfigError, match=r"data\.path: .*missing.* does not exist"):
+        PackedText(str(tmp_path / "missing"), text_key="body").setup()
+
+
 def test_val_tokens(corpus: Path) -> None:
     full = list(data_of(corpus, batch_size=1).val_dataloader())
     capped = list(data_of(corpus, batch_size=1, val_tokens=5 * 16 + 7, seed=3).val_dataloader())

@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import glob
 import json
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import NamedTuple
 
 from lit_modules.data.builtin import standard_library
 from mixers.errors import ConfigError
+
+TEXT_KEY = "text"  # unless a setting says otherwise
+KEYED = (".jsonl", ".parquet")  # files in which a text has a key
 
 
 class Document(NamedTuple):
@@ -20,7 +23,7 @@ class Document(NamedTuple):
     text: str
 
 
-def read_corpus(path: str | None, *, text_key: str = "text", key: str = "data.path") -> Iterator[Document]:
+def read_corpus(path: str | None, *, text_key: str = TEXT_KEY, key: str = "data.path") -> Iterator[Document]:
     """The documents of a corpus, one at a time.
 
     Args:
@@ -41,6 +44,20 @@ def read_corpus(path: str | None, *, text_key: str = "text", key: str = "data.pa
             yield document
     if not found:
         raise ConfigError(f"{key}: {path} holds no documents (every file is empty)")
+
+
+def check_text_key(text_key: str, paths: Iterable[str], key: str) -> None:
+    """ConfigError if a key other than the usual one would be looked up in no file: none of the paths has .jsonl or .parquet files."""
+    if text_key == TEXT_KEY:
+        return
+    for path in paths:
+        try:
+            files = find_files(path, key)
+        except ConfigError:  # who reads it says why
+            return
+        if any(file.suffix in KEYED for _, file in files):
+            return
+    raise ConfigError(f"{key}: {text_key!r} would be looked up in no file: it is of {' and '.join(KEYED)} files, and there are none; leave it out")
 
 
 def _read_files(path: str, text_key: str, key: str) -> Iterator[Document]:

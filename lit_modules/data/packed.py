@@ -10,12 +10,12 @@ from lightning.pytorch.trainer.states import TrainerFn
 
 from lit_modules.data.loaders import EvaluationLoader, Shard, TrainLoader
 from lit_modules.data.locate import locate
-from lit_modules.data.order import place
-from lit_modules.data.shards import Index, ShardStream, check_tokenizer, is_prepared, read_index, what_is_missing
-from lit_modules.data.stream import EncodedDocument, Stream, TokenArray, concatenate, divide, encode_corpus, identity_of
+from lit_modules.data.shards import Index, ShardStream
+from lit_modules.data.splits import Splits
+from lit_modules.data.stream import TokenArray
 from lit_modules.data.tokenizer import load_tokenizer
 from lit_modules.data.verify import Verified, verify
-from lit_modules.data.windows import Packer, Windows, look_up
+from lit_modules.data.windows import Packer, Windows
 from mixers.errors import ConfigError
 
 
@@ -85,18 +85,22 @@ class PackedText(LightningDataModule):
         self.val_path = val_path
         self.test_path = test_path
         self.tokenizer = load_tokenizer(tokenizer)
-        self._tokenizer_name = tokenizer
         self.seq_len = seq_len
         self.batch_size = batch_size
         self.document_boundaries = document_boundaries
-        self.val_fraction = val_fraction
-        self.val_tokens = val_tokens
-        self.text_key = text_key
         self.seed = seed
-        self.split_seed = split_seed
         self.num_workers = num_workers
-        self._splits: dict[str, Windows] = {}  # "train", "validation", and "test" if it has a corpus of its own
-        self._identity: str | None = None
+        self._splits = Splits(
+            {"path": path, "val_path": val_path, "test_path": test_path},
+            self.tokenizer,
+            tokenizer,
+            seq_len=seq_len,
+            val_fraction=val_fraction,
+            val_tokens=val_tokens,
+            text_key=text_key,
+            seed=seed,
+            split_seed=split_seed,
+        )
         self._verified: Verified | None = None
         self.may_change: Collection[str] = ()  # names of `SHARED` in which a checkpoint's training may have differed
         self._packer = Packer(self.tokenizer, seq_len, document_boundaries=document_boundaries)
@@ -110,73 +114,7 @@ class PackedText(LightningDataModule):
 
     def setup(self, stage: str | None = None) -> None:
         """Reads and tokenizes what a stage needs (everything if None), once."""
-        testing = stage in ("test", "predict")
-        if "train" not in self._splits and not (testing and self.test_path is not None):
-            self._setup_train_and_validation()
-        if "test" not in self._splits and self.test_path is not None and (testing or stage is None):
-            self._splits["test"] = self._cut(self._whole("test_path", self.test_path), "testing", "test_path")
-
-    def _setup_train_and_validation(self) -> None:
-        if problem := what_is_missing(self.path, self._tokenizer_name):
-            raise ConfigError(problem)
-        train, validation, self._identity = self._prepared() if is_prepared(self.path) else self._encoded()
-        source = "path"
-        if self.val_path is not None:
-            validation, source = self._whole("val_path", self.val_path), "val_path"
-        limit = None if self.val_tokens is None else self.val_tokens // self.seq_len
-        self._splits["validation"] = self._cut(validation, "validation", source, limit=limit)
-        self._splits["train"] = self._cut(train, "training", "path", seed=self.seed)
-
-    def _prepared(self) -> tuple[Stream, Stream, str]:
-        """The streams for training and validation of prepared shards, and a hash of all of them."""
-        index = self._index("path", self.path)
-        return ShardStream(index, "train"), ShardStream(index, "validation"), index.identity
-
-    def _encoded(self) -> tuple[Stream | None, Stream | None, str]:
-        """Those of a corpus of text; without one for validation if that has a corpus of its own."""
-        documents = self._encode("path", self.path)
-        identity = identity_of(documents)
-        validation: list[EncodedDocument] = []
-        if self.val_path is None:
-            self._require_tokens(sum(len(document.tokens) for document in documents), "in all", "path")
-            documents, validation = divide(documents, self.split_seed, self.val_fraction)
-        # Not by `seed` where it does not train: runs with several seeds are validated on the same windows.
-        return concatenate(documents, self.seed), concatenate(validation, self.split_seed), identity
-
-    def _whole(self, key: str, path: str) -> Stream | None:
-        """The stream of a corpus that does not train. Of prepared shards, their validation documents, or all of them if they were not divided."""
-        if not is_prepared(path):
-            return concatenate(self._encode(key, path), self.split_seed)
-        index = self._index(key, path)
-        return ShardStream(index, "validation" if index.total("validation").documents else "train", f"data.{key}")
-
-    def _index(self, key: str, path: str | None) -> Index:
-        index = read_index(str(path), f"data.{key}")
-        check_tokenizer(index, self.tokenizer)
-        return index
-
-    def _encode(self, key: str, path: str | None) -> list[EncodedDocument]:
-        return encode_corpus(path, self.tokenizer, text_key=self.text_key, key=f"data.{key}")
-
-    def _cut(self, stream: Stream | None, purpose: str, key: str, *, seed: int | None = None, limit: int | None = None) -> Windows:
-        if stream is None or not stream.documents:
-            other = f"data.val_fraction (now {self.val_fraction}) or data.split_seed" if stream is None else "--val_fraction of `prepare`"
-            raise ConfigError(
-                f"data.{key}: {self._shown(key)} has no document for {purpose}: it needs more documents, another {other}, or a data.val_path"
-            )
-        self._require_tokens(len(stream.tokens), f"for {purpose}", key)
-        return Windows(stream, self.seq_len, seed=seed, limit=limit, drawn=place if isinstance(stream, ShardStream) else look_up)
-
-    def _require_tokens(self, tokens: int, purpose: str, key: str) -> None:
-        if tokens < self.seq_len + 1:
-            raise ConfigError(
-                f"data.{key}: {self._shown(key)} has {tokens} tokens {purpose}, and one sequence needs "
-                f"{self.seq_len + 1}: lower data.seq_len (now {self.seq_len}) or add text"
-            )
-
-    def _shown(self, key: str) -> str:
-        paths = {"path": self.path, "val_path": self.val_path, "test_path": self.test_path}
-        return paths[key] or "the built-in corpus"
+        self._splits.read(stage)
 
     def _split(self, name: str) -> Windows:
         self.setup("test" if name == "test" else "fit")
@@ -217,7 +155,7 @@ class PackedText(LightningDataModule):
         """
         if not self._splits:
             self.setup()
-        about: dict[str, Any] = {"path": self._shown("path"), "identity": self._identity, "tokenizer": self.tokenizer.identity}
+        about: dict[str, Any] = {"path": self._splits.shown("path"), "identity": self._splits.identity, "tokenizer": self.tokenizer.identity}
         about |= {"vocab_size": self.vocab_size, "seq_len": self.seq_len}
         if self._verified is not None:
             about["verified"] = str(self._verified)

@@ -10,7 +10,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import NamedTuple, final
 
-from lit_modules.data.corpus import Document, find_files, parquet_errors, read_file
+from lit_modules.data.corpus import Document, check_text_key, find_files, parquet_errors, read_file
 from lit_modules.data.shards import hash_of
 from mixers.errors import ConfigError
 
@@ -49,10 +49,11 @@ def open_source(name: str, *, text_key: str, subset: str | None = None, split: s
         stream: Read a dataset from where it lies, without a copy on this machine.
 
     Raises:
-        ConfigError: neither files nor a dataset, or no text in it; files, and something that is of a dataset.
+        ConfigError: neither files nor a dataset, or no text in it; files, and something that is of a dataset or of other files.
     """
     may_be_dataset = re.fullmatch(r"[\w-][\w.-]*(/[\w.-]+)?", name) and Path(name).suffix not in (".jsonl", ".parquet", ".txt")
     if Path(name).expanduser().exists() or not may_be_dataset:
+        check_text_key(text_key, [name], "text_key")
         files = FileSource(name, text_key)
         for option, value in (("subset", subset), ("split", split), ("stream", stream)):
             if value not in (None, False):
