@@ -12,6 +12,7 @@ from typing import Any
 import torch
 
 from lit_modules.decoder_lm import DecoderLM, cycle_layout
+from lit_modules.paths import given_path
 from mixers import registry
 from mixers.errors import ConfigError
 
@@ -113,7 +114,7 @@ def read_checkpoint(path: str | Path) -> dict[str, Any]:
     Raises:
         ConfigError: missing, a folder, not a checkpoint or a truncated one; one line that names the path.
     """
-    path = Path(path).expanduser()
+    path = given_path(path, "checkpoint")
     if path.is_dir():
         raise ConfigError(f"{path}: is a folder; of a sharded checkpoint `python -m recipes consolidate {path}` makes the one file that is needed")
     if not path.is_file():

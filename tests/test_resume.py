@@ -296,6 +296,9 @@ def test_auto_goes_on_from_a_folder_of_its_own(here: Path) -> None:
     config.write_text(config.read_text().replace("dirpath: null", "dirpath: elsewhere"))
     request = collect(["--config=config.yaml", "--ckpt_path=auto", "--checkpoint.dirpath=elsewhere"])
     assert with_checkpoint(request)[1] == Path("elsewhere/last.ckpt")
+    for name in ("auto", "last"):
+        with pytest.raises(ConfigError, match=r"the newest run, has saved in elsewhere: give --checkpoint\.dirpath elsewhere to go on from there"):
+            with_checkpoint(collect(["--config=config.yaml", f"--ckpt_path={name}"]))
     shutil.rmtree("elsewhere")
     with pytest.raises(ConfigError, match=r"elsewhere holds no checkpoint any more, but .*, the newest run, has taken 9 steps and saved some there"):
         with_checkpoint(request)

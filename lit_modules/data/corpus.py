@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from lit_modules.data.builtin import standard_library
+from lit_modules.paths import given_path
 from mixers.errors import ConfigError
 
 TEXT_KEY = "text"  # unless a setting says otherwise
@@ -85,7 +86,7 @@ def read_file(name: str, file: Path, *, text_key: str, key: str, span: tuple[int
 
 def find_files(path: str, key: str) -> list[tuple[str, Path]]:
     """(name, file) of every file that `path` stands for, sorted; names are relative to a folder."""
-    root = Path(path).expanduser()
+    root = given_path(path, key)
     if root.is_file():
         return [(root.name, root)]
     if path and root.is_dir():  # an empty setting is not meant to be the current folder

@@ -20,6 +20,7 @@ import numpy as np
 
 from lit_modules.data.stream import TokenArray
 from lit_modules.data.tokenizer import Tokenizer
+from lit_modules.paths import given_path
 from mixers.errors import ConfigError
 
 INDEX = "shards.json"
@@ -84,7 +85,7 @@ def is_prepared(path: str | None) -> bool:
     """Whether a path is a folder that `prepare` has written or begun to write."""
     if not path:
         return False
-    folder = Path(path).expanduser()
+    folder = given_path(path, "data.path")
     return folder.is_dir() and ((folder / INDEX).exists() or any(is_own(file.name) for file in folder.glob("*")))
 
 
@@ -137,7 +138,7 @@ def read_index(path: str | Path, key: str = "data.path") -> Index:
     Raises:
         ConfigError: there is none, or it is not one that this version can read.
     """
-    folder = Path(path).expanduser()
+    folder = given_path(path, key)
     file = folder / INDEX
     try:
         raw = file.read_bytes()
@@ -200,7 +201,7 @@ def what_is_missing(path: str | None, tokenizer: str) -> str | None:
             read_index(path)
         except ConfigError as error:
             return f"{error} ({command})"
-    elif not any(letter in path for letter in "*?[") and not Path(path).expanduser().exists():
+    elif not any(letter in path for letter in "*?[") and not given_path(path, "data.path").exists():
         return f"data.path: {path} does not exist; give a file, folder or glob pattern of text, or make shards: {command}"
     return None
 

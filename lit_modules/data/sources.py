@@ -12,6 +12,7 @@ from typing import NamedTuple, final
 
 from lit_modules.data.corpus import Document, check_text_key, find_files, parquet_errors, read_file
 from lit_modules.data.shards import hash_of
+from lit_modules.paths import given_path
 from mixers.errors import ConfigError
 
 KEY = "source"
@@ -52,7 +53,7 @@ def open_source(name: str, *, text_key: str, subset: str | None = None, split: s
         ConfigError: neither files nor a dataset, or no text in it; files, and something that is of a dataset or of other files.
     """
     may_be_dataset = re.fullmatch(r"[\w-][\w.-]*(/[\w.-]+)?", name) and Path(name).suffix not in (".jsonl", ".parquet", ".txt")
-    if Path(name).expanduser().exists() or not may_be_dataset:
+    if given_path(name, KEY).exists() or not may_be_dataset:
         check_text_key(text_key, [name], "text_key")
         files = FileSource(name, text_key)
         for option, value in (("subset", subset), ("split", split), ("stream", stream)):

@@ -11,6 +11,7 @@ from lit_modules.data.shards import Index, ShardStream, check_tokenizer, is_prep
 from lit_modules.data.stream import EncodedDocument, Stream, concatenate, divide, encode_corpus, identity_of
 from lit_modules.data.tokenizer import Tokenizer
 from lit_modules.data.windows import Windows, look_up
+from lit_modules.paths import given_path
 from mixers.errors import ConfigError
 
 
@@ -22,6 +23,9 @@ class Splits(Mapping[str, Windows]):
         paths: Of the settings path, val_path and test_path; see `PackedText`, as for the rest.
         tokenizer: Makes the tokens.
         tokenizer_name: How the setting names it.
+
+    Raises:
+        ConfigError: a path that the system takes for none.
 
     Attributes:
         identity: A hash of all documents of `path`; None until they are read.
@@ -42,6 +46,9 @@ class Splits(Mapping[str, Windows]):
     ) -> None:
         self.identity: str | None = None
         self._paths = paths
+        for key, path in paths.items():
+            if path:
+                given_path(path, f"data.{key}")
         self._tokenizer = tokenizer
         self._tokenizer_name = tokenizer_name
         self._seq_len = seq_len

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any, final
 import numpy as np
 import numpy.typing as npt
 
+from lit_modules.paths import given_path
 from mixers.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -150,7 +151,7 @@ class HuggingFaceTokenizer(Tokenizer):
             from tokenizers import Tokenizer as TokenizerJson
         except ImportError as error:
             raise _missing_package("tokenizers", path) from error
-        file = Path(path).expanduser()
+        file = given_path(path, KEY)
         file = file / "tokenizer.json" if file.is_dir() else file
         content = _read(file)
         try:
@@ -218,7 +219,7 @@ def load_tokenizer(spec: str) -> Tokenizer:
     """
     if spec == "bytes":
         return ByteTokenizer()
-    path = Path(spec).expanduser()
+    path = given_path(spec, KEY)
     if path.is_dir():
         path = next((path / name for name in ("tokenizer.json", "tokenizer.model") if (path / name).is_file()), path)
         if path.is_dir():
@@ -231,7 +232,7 @@ def load_tokenizer(spec: str) -> Tokenizer:
 
 def _read(path: str | Path) -> bytes:
     try:
-        return Path(path).expanduser().read_bytes()
+        return given_path(path, KEY).read_bytes()
     except OSError as error:
         raise ConfigError(f"{KEY}: {path} cannot be read: {error.strerror or error}") from error
 

@@ -19,6 +19,7 @@ from lit_modules.data.loaders import SHARED, STEP_TOKENS, changes, saved_setting
 from lit_modules.decoder_lm import DecoderLM
 from lit_modules.intact import check_intact, last_good
 from lit_modules.parallel import FSDP2
+from lit_modules.paths import given_path
 from lit_modules.saving import DIVERGED
 from lit_modules.sharded import read_index
 from mixers.errors import ConfigError, unknown
@@ -66,11 +67,15 @@ def with_checkpoint(request: Request, *, any_run: bool = False) -> tuple[Request
     if given in (None, "null"):
         return request, None
     root = request.option("trainer.default_root_dir")
-    roots = [*Path("runs").glob("*")] if any_run and not root and not request.files else [Path(root or default_root(request.files))]
+    roots = (
+        [*Path("runs").glob("*")]
+        if any_run and not root and not request.files
+        else [given_path(root or default_root(request.files), "trainer.default_root_dir")]
+    )
     given_place = request.option("checkpoint.dirpath")
-    place = None if given_place in (None, "null") else Path(str(given_place)).expanduser()
+    place = None if given_place in (None, "null") else given_path(given_place, "checkpoint.dirpath")
     if given in (LAST, AUTO):
-        check_there(roots)
+        check_there(roots, place)
     if given == AUTO and not (saved_by(*roots) if place is None else saved_in(place)):
         rank_zero_only(print)(f"checkpoint: none in {place or roots[0]} yet, so training starts at the beginning", flush=True)
         _say_if_diverged(None, [*roots[0].glob("*")])

@@ -16,6 +16,7 @@ from typing import Any, NamedTuple
 
 import yaml
 
+from lit_modules.paths import given_path
 from mixers.errors import ConfigError, unknown
 
 RECIPES = Path(__file__).parents[1]
@@ -158,8 +159,8 @@ def recipe_names() -> list[str]:
 
 def find_config(name: str) -> Path:
     """The file of a path or of a shipped recipe's name; ConfigError for anything else."""
-    if Path(name).is_file():
-        return Path(name)
+    if (file := given_path(name, "config")).is_file():
+        return file
     recipe = name.removeprefix("recipes/").removesuffix(".yaml")  # its path in a checkout works without one
     if recipe in recipe_names():
         return RECIPES / f"{recipe}.yaml"

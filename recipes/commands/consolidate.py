@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 from lit_modules.checkpoint import read_header
 from lit_modules.intact import check_intact, write_file
+from lit_modules.paths import given_path
 from lit_modules.sharded import read_index, read_sharded
 from mixers.errors import ConfigError
 from recipes.commands.arguments import Arguments
@@ -17,8 +16,8 @@ def run(argv: list[str]) -> int:
     parser.add_argument("folder", help="a sharded checkpoint: a folder that fsdp2_sharded_checkpoint has saved")
     parser.add_argument("--out", help="the file; default: beside the folder, last.ckpt becomes last.whole.ckpt")
     given = parser.parse_args(argv)
-    folder = Path(given.folder).expanduser()
-    out = Path(given.out).expanduser() if given.out else folder.with_name(f"{folder.stem}.whole.ckpt")
+    folder = given_path(given.folder, "folder")
+    out = given_path(given.out, "out") if given.out else folder.with_name(f"{folder.stem}.whole.ckpt")
     if out.exists():
         raise ConfigError(f"out: {out} exists; remove it, or give another --out")
     if not out.parent.is_dir():

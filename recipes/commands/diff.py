@@ -9,6 +9,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+from lit_modules.paths import given_path
 from mixers.errors import ConfigError
 from recipes.commands.arguments import Arguments
 from recipes.commands.config_files import read_config
@@ -94,7 +95,7 @@ def _outcomes(a: dict[str, Any], b: dict[str, Any]) -> Iterator[str]:
 
 
 def _folder(path: str) -> Path:
-    given = Path(path).expanduser()
+    given = given_path(path, "run")
     return given if given.is_dir() else given.parent
 
 

@@ -10,6 +10,7 @@ import yaml
 from lightning.fabric.utilities.rank_zero import rank_zero_only
 
 from lit_modules.intact import last_good, old_of
+from lit_modules.paths import given_path
 from lit_modules.saving import DIVERGED
 from lit_modules.saving import LAST as LAST_FILE
 from mixers.errors import ConfigError
@@ -31,7 +32,7 @@ def find_checkpoint(path: str, *roots: Path, place: Path | None = None) -> Path:
         ConfigError: there is none. No other one is taken in its place, but the newest that is whole is named.
     """
     if path not in (LAST, AUTO):
-        found = Path(path).expanduser()
+        found = given_path(path, "ckpt_path")
         if not found.exists():
             raise ConfigError(f"ckpt_path: {path} does not exist (legal: a checkpoint, last or auto){last_good(beside(found))}")
         return found
@@ -79,22 +80,34 @@ def newest_run(roots: list[Path]) -> Path | None:
     return max((config.parent for root in roots for config in root.glob(f"*/{CONFIG}")), key=_began, default=None)
 
 
-def check_there(roots: list[Path]) -> None:
-    """ConfigError if the newest run has no checkpoint, though one was due by its config and log: what an older one has is not where it ended."""
+def check_there(roots: list[Path], place: Path | None) -> None:
+    """ConfigError if the newest run has no checkpoint, though one was due by its config and log, or has them where nobody looks: what an older one
+    has is not where it ended.
+
+    Args:
+        roots: folders of runs.
+        place: where checkpoints are looked for, in place of the runs' own folders.
+    """
     run = newest_run(roots)
     if run is None:
         return
     try:
         config = yaml.safe_load((run / CONFIG).read_bytes())
-        place = Path(config["checkpoint"]["dirpath"] or run / CHECKPOINTS).expanduser()
-        steps = [] if saved_in(place) else _steps(run)
-        if not steps or not _was_due(config, steps):
+        saves = given_path(config["checkpoint"]["dirpath"] or run / CHECKPOINTS, "checkpoint.dirpath")
+        elsewhere = place is None and saves.resolve() != (run / CHECKPOINTS).resolve() and bool(saved_in(saves))
+        steps = [] if saved_in(saves) else _steps(run)
+        if not elsewhere and not (steps and _was_due(config, steps)):
             return
     except (OSError, ValueError, KeyError, TypeError, yaml.YAMLError):  # a run that did not come so far
         return
+    if elsewhere:
+        raise ConfigError(
+            f"ckpt_path: {run}, the newest run, has saved in {saves}: give --checkpoint.dirpath {saves} to go on from there, or name the file; to begin anew, "
+            "leave out ckpt_path"
+        )
     others = last_good({"of another run ": saved_by(*roots)})
     raise ConfigError(
-        f"ckpt_path: {place} holds no checkpoint any more, but {run}, the newest run, has taken {steps[-1][0] + 1:,} steps and saved some there; "
+        f"ckpt_path: {saves} holds no checkpoint any more, but {run}, the newest run, has taken {steps[-1][0] + 1:,} steps and saved some there; "
         f"to go on from before it, or from the beginning, remove {run}{others}"
     )
 

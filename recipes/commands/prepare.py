@@ -13,6 +13,7 @@ from lit_modules.data.shards import SPLITS, Index, Shard, read_index
 from lit_modules.data.sources import open_source
 from lit_modules.data.tokenizer import load_tokenizer
 from lit_modules.data.verify import check_shards
+from lit_modules.paths import given_path
 from mixers.errors import ConfigError
 from recipes.commands.arguments import Arguments
 
@@ -20,7 +21,7 @@ from recipes.commands.arguments import Arguments
 def run(argv: list[str]) -> int:
     """Prepares a corpus, or goes on with one; or checks shards."""
     given = _arguments(argv)
-    folder = Path(given.out).expanduser()
+    folder = given_path(given.out, "out")
     if given.check:
         index = read_index(folder, "out")
         check_shards(index, "out", lambda shard: print(f"{shard.name}: {shard.documents:,} documents, {shard.tokens:,} tokens: good", flush=True))
@@ -125,18 +126,10 @@ def _arguments(argv: list[str]) -> Namespace:
     if not 0 <= given.val_fraction < 1:
         raise ConfigError(f"val_fraction: must lie in [0, 1), got {given.val_fraction}")
     for name in ("out",) if given.check else ("out", "source", "tokenizer"):
-        _check_path(name, getattr(given, name))
+        if not getattr(given, name):
+            raise ConfigError(f"{name}: must be set")
+        given_path(getattr(given, name), name)
     return given
-
-
-def _check_path(name: str, path: str | None) -> None:
-    """ConfigError for none, and for one that the system takes for none."""
-    if not path:
-        raise ConfigError(f"{name}: must be set")
-    try:
-        Path(path).expanduser().exists()
-    except (OSError, RuntimeError) as error:  # too long, not readable; of a user that is not here
-        raise ConfigError(f"{name}: {path} cannot be looked up: {getattr(error, 'strerror', None) or error}") from error
 
 
 def _cores() -> int:

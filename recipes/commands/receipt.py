@@ -22,6 +22,7 @@ from kernels import tiles
 from lit_modules.autopsy import FILE as AUTOPSY
 from lit_modules.data.shards import INDEX, replace_file
 from lit_modules.decoder_lm import DecoderLM
+from lit_modules.paths import given_path
 from lit_modules.stopping import Stopped
 from mixers.errors import ConfigError
 from mixers.init import watched
@@ -45,7 +46,7 @@ def read_receipt(path: str | Path, key: str) -> dict[str, Any]:
     Raises:
         ConfigError: there is none, or it is not one.
     """
-    file = Path(path).expanduser()
+    file = given_path(path, key)
     file = file / RECEIPT if file.is_dir() else file
     try:
         content = json.loads(file.read_text(encoding="utf-8"))

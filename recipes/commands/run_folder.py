@@ -10,6 +10,7 @@ from itertools import count, takewhile
 from pathlib import Path
 from typing import NamedTuple
 
+from lit_modules.paths import given_path
 from mixers.errors import ConfigError
 
 CHECKPOINTS = "checkpoints"
@@ -39,7 +40,7 @@ def make_run_folder(root: str) -> RunFolder:
     Raises:
         ConfigError: it cannot be made; nothing is left of the attempt.
     """
-    stamp, parent = datetime.now().strftime("%Y-%m-%d_%H-%M-%S"), Path(root).expanduser()
+    stamp, parent = datetime.now().strftime("%Y-%m-%d_%H-%M-%S"), given_path(root, "trainer.default_root_dir")
     around = _missing(parent)
     for number in count(1):
         folder = parent / (stamp if number == 1 else f"{stamp}_{number}")
@@ -58,7 +59,7 @@ def make_run_folder(root: str) -> RunFolder:
 
 def check_writable(folder: str, key: str) -> None:
     """ConfigError unless a file with something in it can be written to a folder that may not be there yet; nothing is left of the attempt."""
-    path = Path(folder).expanduser()
+    path = given_path(folder, key)
     made = _missing(path)
     try:
         path.mkdir(parents=True, exist_ok=True)
