@@ -8,10 +8,11 @@ from __future__ import annotations
 import ctypes
 import os
 import signal
+import socket
 import subprocess
 import sys
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from types import FrameType
 from typing import Any, final
@@ -64,6 +65,41 @@ def at_once() -> Iterator[None]:
     finally:
         for signum, handler in listening.items():
             signal.signal(signum, handler)
+
+
+@contextmanager
+def from_a_thread(end: Callable[[Stopped], int]) -> Iterator[None]:
+    """As `at_once`, of several processes: until one of them has all others, it waits where Python calls no handler. So a thread, which the system
+    tells of a signal all the same, ends the process without unwinding it: with the exit code that `end` returns.
+    """
+
+    def note(signum: int, frame: FrameType | None) -> None:
+        """The thread does the rest."""
+
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    hears, tells = socket.socketpair()
+    tells.setblocking(False)
+
+    def watch() -> None:
+        while told := hears.recv(1):
+            if signal.getsignal(told[0]) is note:
+                os._exit(end(Stopped(told[0], alone=True)))
+
+    thread = threading.Thread(target=watch, daemon=True)
+    thread.start()
+    before = signal.set_wakeup_fd(tells.fileno(), warn_on_full_buffer=False)
+    listening = {signum: signal.signal(signum, note) for signum in SIGNALS if signum != signal.SIGINT}
+    try:
+        yield
+    finally:
+        for signum, handler in listening.items():
+            signal.signal(signum, handler)
+        signal.set_wakeup_fd(before)
+        tells.close()
+        thread.join()
+        hears.close()
 
 
 @contextmanager

@@ -269,28 +269,55 @@ def test_weights_alone_are_not_gone_on_from(monkeypatch: pytest.MonkeyPatch, cap
     assert errors(capsys)[-1].startswith("stopped by SIGTERM; no training goes on from ")
 
 
-@pytest.mark.fault(
-    "one of two processes dies at the start", "SIGKILL to the first one when the second has begun", "nothing was done; the other ends within seconds"
-)
-def test_no_process_is_left_that_waits_for_its_parent(here: Path) -> None:
+def two_processes(here: Path) -> tuple[subprocess.Popen[bytes], int]:
+    """The first, and the number of the second, which has just begun."""
     command = [sys.executable, "-m", "recipes", *COMMAND, "--trainer.devices=2", "--model.max_tokens=10000000"]
     environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[1])}
     with (here / "said").open("w") as said:
         first = subprocess.Popen(command, cwd=here, env=environment, stdout=said, stderr=said)
-    other = None
     for _ in range(1200):
         found = Path(f"/proc/{first.pid}/task/{first.pid}/children").read_text().split()
         other = next((int(pid) for pid in found if b"recipes" in Path(f"/proc/{pid}/cmdline").read_bytes()), None)
         if other is not None:
-            break
+            return first, other
         assert first.poll() is None, (here / "said").read_text()
         time.sleep(0.05)
-    assert other is not None
-    first.kill()
-    first.wait()
+    return pytest.fail("no second process")
+
+
+def assert_ends(pid: int) -> None:
+    """Within a minute."""
     for _ in range(1200):
-        if ended(other):
+        if ended(pid):
             return
         time.sleep(0.05)
-    os.kill(other, signal.SIGKILL)
+    os.kill(pid, signal.SIGKILL)
     pytest.fail("the second process still waits")
+
+
+@pytest.mark.fault(
+    "one of two processes dies at the start", "SIGKILL to the first one when the second has begun", "nothing was done; the other ends within seconds"
+)
+def test_no_process_is_left_that_waits_for_its_parent(here: Path) -> None:
+    first, other = two_processes(here)
+    first.kill()
+    first.wait()
+    assert_ends(other)
+
+
+@pytest.mark.fault("pre-emption", "SIGTERM while two processes wait for each other", "nothing was done; one line says so; exit code 143")
+def test_a_signal_while_a_process_waits_for_another(here: Path) -> None:
+    """The second is stopped, so that the first hangs in the system's calls."""
+    first, other = two_processes(here)
+    os.kill(other, signal.SIGSTOP)
+    time.sleep(5)
+    first.terminate()
+    assert first.wait(20) == 143
+    os.kill(other, signal.SIGCONT)
+    assert_ends(other)
+    assert (here / "said").read_text().splitlines()[-1] == (
+        "stopped by SIGTERM; this run has saved nothing: the same command line starts at the beginning"
+    )
+    (receipt,) = here.glob("some/where/*/receipt.json")
+    outcome = json.loads(receipt.read_text())["outcome"]
+    assert outcome == {"state": "stopped", "step": 0, "tokens": 0, "what": "Stopped: SIGTERM, before the first step"}

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -17,7 +17,7 @@ from lightning.pytorch.callbacks import Timer
 from lit_modules.events import FULL
 from lit_modules.loss_curve import short_number
 from lit_modules.parallel import FSDP2, leave
-from lit_modules.stopping import Stopped, at_once, end_with_parent, exit_code, parent_of_others
+from lit_modules.stopping import Stopped, at_once, end_with_parent, exit_code, from_a_thread, parent_of_others
 from mixers.errors import ConfigError
 from recipes.commands import gpu_ready, out_of_memory, sizes
 from recipes.commands.checkpoints import (
@@ -110,8 +110,13 @@ def _read_data(cli: MixersCLI, plan: Plan, checkpoint: Path | None, may_change: 
 def _train(training: Training) -> int:
     cli, plan, checkpoint, about = training
     begun = step_of(checkpoint)  # now: the training may save in the place of what it goes on from
-    # of several processes one may wait for the others where no handler of a signal is called: there the system ends it
-    signals = at_once() if cli.trainer.world_size == 1 else nullcontext()
+
+    def end(stop: Stopped) -> int:
+        if about is not None:
+            about.end("stopped", stop)
+        return exit_code(cli.trainer, stop)
+
+    signals = at_once() if cli.trainer.world_size == 1 else from_a_thread(end)
     try:
         with kept(about), _in_one_line(cli.config), signals, parent_of_others():
             cli.trainer.fit(cli.model, datamodule=cli.datamodule, ckpt_path=checkpoint, weights_only=True)

@@ -102,8 +102,8 @@ def check_there(roots: list[Path], place: Path | None) -> None:
         return
     if elsewhere:
         raise ConfigError(
-            f"ckpt_path: {run}, the newest run, has saved in {saves}: give --checkpoint.dirpath {saves} to go on from there, or name the file; to begin anew, "
-            "leave out ckpt_path"
+            f"ckpt_path: {run}, the newest run, has saved in {saves}: give --checkpoint.dirpath {saves} to go on from there, or name the file; "
+            "to begin anew, leave out ckpt_path"
         )
     others = last_good({"of another run ": saved_by(*roots)})
     raise ConfigError(
