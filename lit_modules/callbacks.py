@@ -26,6 +26,8 @@ from lit_modules.loss_curve import LossCurve, short_number
 from lit_modules.throughput import Throughput
 from mixers.errors import ConfigError
 
+CURVE = "loss_curve.png"
+
 
 def _logged(trainer: Trainer, name: str) -> float | None:
     """The last value logged under a name."""
@@ -209,7 +211,7 @@ class RunSummary(Callback):
             return
         try:
             Path(folder).mkdir(parents=True, exist_ok=True)
-            self.curve.draw(Path(folder, "loss_curve.png"), title="/".join(Path(folder).parts[-2:]))
+            draw_curve(self.state_dict(), Path(folder))
             if sample is not None:
                 Path(folder, "sample.txt").write_text(sample, encoding="utf-8")
         except OSError as error:  # Checkpoints are saved behind this: a full disk must not keep them from it.
@@ -250,6 +252,13 @@ class RunSummary(Callback):
         generator = torch.Generator(device).manual_seed(self.seed)
         prompt_T = torch.tensor(prompt, device=device)
         return list(lm.generate(prompt_T, self.max_new_tokens, sampling=self.sampling, stop=stop, generator=generator))
+
+
+def draw_curve(state: dict[str, Any], folder: Path) -> None:
+    """The loss curve of a run, from the state of its `RunSummary`."""
+    curve = LossCurve()
+    curve.load_state_dict(state)
+    curve.draw(folder / CURVE, title="/".join(folder.parts[-2:]))
 
 
 def _validation_line(curve: LossCurve) -> str:

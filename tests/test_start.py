@@ -209,12 +209,19 @@ def test_auto_says_that_a_run_was_ended_behind_its_last_step(
     monkeypatch.chdir(tmp_path / "copy")
     (file,) = Path("runs/small").glob("*/receipt.json")
     file.write_text(json.dumps({**json.loads(file.read_text()), "outcome": {"state": "running"}}))
+    curve = file.with_name("loss_curve.png")
+    drawn = curve.read_bytes()
+    curve.unlink()
     assert main(["fit", "--config=small.yaml", "--ckpt_path=auto"]) == 0
     line = capsys.readouterr().out
     checkpoint = file.with_name("checkpoints") / "last.ckpt"
-    validate = f"python -m recipes validate --ckpt_path {checkpoint}"
-    assert line.endswith(f"; its run did not get to its end (it is running): for the loss on the validation set {validate}\n")
+    validate, generate = (f"python -m recipes {command} --ckpt_path {checkpoint}" for command in ("validate", "generate"))
+    assert line.endswith(
+        f"; its run did not get to its end (it is running): for the loss on the validation set {validate}, for a sample {generate}\n"
+    )
+    assert curve.read_bytes() == drawn  # from the checkpoint
     assert main(validate.split()[3:]) == 0
+    assert main(generate.split()[3:]) == 0
     file.unlink()
     assert main(["fit", "--config=small.yaml", "--ckpt_path=auto"]) == 0
     assert capsys.readouterr().out.endswith("raise model.max_tokens to go on\n")

@@ -7,12 +7,14 @@ override all others.
 from __future__ import annotations
 
 import json
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 from lightning.fabric.utilities.rank_zero import rank_zero_only
 
 from lit_modules.autopsy import FILE as AUTOPSY
+from lit_modules.callbacks import CURVE, RunSummary, draw_curve
 from lit_modules.checkpoint import check_same_model, check_tensors, read_checkpoint, read_header
 from lit_modules.data import PackedText
 from lit_modules.data.loaders import SHARED, STEP_TOKENS, changes, saved_settings
@@ -144,9 +146,12 @@ def step_of(path: Path | None) -> int:
 
 def is_finished(request: Request, path: Path, plan: Plan) -> bool:
     """Whether `auto` has nothing left to do, and says so: a job that is queued again then has done its work. For `last` or a path it is an error."""
-    done = _limit_reached(path, _content(path), plan) if request.option("ckpt_path") == AUTO else None
-    if done is not None:
-        rank_zero_only(print)(f"checkpoint: {path}: already finished: {done} to go on{_how_it_ended(path)}", flush=True)
+    if request.option("ckpt_path") != AUTO:
+        return False
+    content = _content(path)
+    done = _limit_reached(path, content, plan)
+    if done is not None and rank_zero_only.rank == 0:  # type: ignore[attr-defined]
+        print(f"checkpoint: {path}: already finished: {done} to go on{_finish(path, content)}", flush=True)
     return done is not None
 
 
@@ -159,14 +164,23 @@ def _limit_reached(path: Path, content: dict[str, Any], plan: Plan) -> str | Non
     return f"{step:,} of {plan.max_steps:,} steps; raise trainer.max_steps" if step >= plan.max_steps > -1 else None
 
 
-def _how_it_ended(path: Path) -> str:
-    """What to do about a run that has all its steps and was ended before its last lines; empty for one that was not, or is not known."""
+def _finish(path: Path, content: dict[str, Any]) -> str:
+    """Draws the loss curve of a run that has all its steps and was ended before its last lines, and says what else to do about it; empty for one that
+    was not, or is not known."""
+    run = path.absolute().parent.parent
     try:
-        state = read_receipt(path.absolute().parent.parent, "ckpt_path")["outcome"].get("state")
+        state = read_receipt(run, "ckpt_path")["outcome"].get("state")
     except ConfigError:
         return ""
-    validate = f"python -m recipes validate --ckpt_path {path}"
-    return "" if state == "finished" else f"; its run did not get to its end (it is {state}): for the loss on the validation set {validate}"
+    if state == "finished":
+        return ""
+    with suppress(OSError, KeyError):  # a plain `Trainer` may have had no summary
+        if not (run / CURVE).exists():
+            draw_curve(content["callbacks"][RunSummary.__qualname__], run)
+    commands = [
+        f"{what} python -m recipes {command} --ckpt_path {path}" for what, command in (("the validation set", "validate"), ("a sample", "generate"))
+    ]
+    return f"; its run did not get to its end (it is {state}): for the loss on {commands[0]}, for {commands[1]}"
 
 
 def check_resumable(path: Path, plan: Plan) -> None:
