@@ -97,8 +97,9 @@ def from_a_thread(end: Callable[[Stopped], int]) -> Iterator[None]:
         for signum, handler in listening.items():
             signal.signal(signum, handler)
         signal.set_wakeup_fd(before)
-        tells.close()
+        tells.shutdown(socket.SHUT_RDWR)  # a worker process may still hold a copy, which closing this one leaves open
         thread.join()
+        tells.close()
         hears.close()
 
 
