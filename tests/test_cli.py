@@ -200,6 +200,30 @@ def test_recipes_by_name() -> None:
 # --- preflight ---
 
 
+@pytest.mark.parametrize(
+    ("arguments", "expected"),
+    [
+        (["--trainer.default_root_dir=a"], "a"),
+        (["--trainer", '{"default_root_dir": "a"}'], "a"),
+        (["--trainer={default_root_dir: a}"], "a"),
+        (["--trainer", "group.yaml"], "a"),
+        (["--trainer=group"], "a"),
+        (["--trainer={default_root_dir: b}", "--trainer.default_root_dir", "a"], "a"),
+        (["--trainer.default_root_dir", "a", "--trainer={max_steps: 3}"], "a"),
+        (["--trainer={default_root_dir: a}", "--trainer={default_root_dir: null}"], None),
+        (["--trainer={max_steps: 3}"], "of the file"),
+    ],
+    ids=str,
+)
+def test_a_setting_in_a_group_counts(arguments: list[str], expected: str | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As the parser takes it: where runs are looked for is where they are."""
+    monkeypatch.chdir(tmp_path)
+    for name in ("group.yaml", "group"):
+        Path(name).write_text("default_root_dir: a")
+    Path("file.yaml").write_text("trainer: {default_root_dir: of the file}")
+    assert collect(["--config=file.yaml", *arguments]).option("trainer.default_root_dir") == expected
+
+
 def test_preflight_reports(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
     Path("corpus.txt").unlink()  # no data are needed
     assert main(["preflight", "--config", "small.yaml", "--trainer.accumulate_grad_batches=3", "--trainer.devices=2"]) == 0

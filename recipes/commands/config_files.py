@@ -34,14 +34,30 @@ class Request(NamedTuple):
     files: list[Path]
 
     def option(self, name: str) -> Any:
-        """A top-level or dotted setting as the parser will see it; None if nobody gave it."""
+        """A top-level or dotted setting as the parser will see it, given by itself or in a group (--trainer '{...}', --trainer FILE); None if nobody
+        gave it."""
         value = dig(self.config, name)
-        for i, token in enumerate(self.arguments):
-            if token.startswith(f"--{name}="):
-                value = token.partition("=")[2]
-            elif token == f"--{name}" and i + 1 < len(self.arguments):
-                value = self.arguments[i + 1]
+        for token, after in zip(self.arguments, [*self.arguments, None][1:], strict=True):
+            option, equals, given = token.partition("=")
+            text = given if equals else after
+            key = option.removeprefix("--")
+            if not option.startswith("--") or text is None:
+                continue
+            if key == name:
+                value = text
+            elif name.startswith(f"{key}."):
+                value = _in_group(text, name.removeprefix(f"{key}."), value)
         return value
+
+
+def _in_group(text: str, name: str, otherwise: Any) -> Any:
+    """A setting in the value of a group of settings, a mapping or a file of one; `otherwise` if it says nothing about it."""
+    group = parse_yaml(text, where="command line")
+    if isinstance(group, str) and given_path(group, name).is_file():
+        group = read_config(Path(group))
+    *path, last = name.split(".")
+    within = dig(group, ".".join(path)) if path else group
+    return within[last] if isinstance(within, Mapping) and last in within else otherwise
 
 
 def collect(argv: list[str]) -> Request:
