@@ -172,6 +172,7 @@ class Audit(Callback):
 
     def __init__(self) -> None:
         self._pending = False
+        self._all_zero = False  # whether that has been said
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         lm: Any = pl_module.lm
@@ -183,10 +184,15 @@ class Audit(Callback):
 
     def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer) -> None:  # noqa: ARG002
         lm: Any = pl_module.lm
-        findings = without_gradient(lm) if self._pending else None
-        if findings is not None:  # else there was no target at all in the step, say
+        if not self._pending:
+            return
+        findings = without_gradient(lm)
+        if findings is not None:
             _print(trainer, findings)
             self._pending = False
+        elif pl_module.targets and not self._all_zero:  # else the step has nothing to predict
+            _print(trainer, [Finding("model", "its gradient is zero in every parameter: nothing is learned")])
+            self._all_zero = True
 
 
 def _print(trainer: Trainer, findings: list[Finding]) -> None:

@@ -107,7 +107,7 @@ class DecoderLM(nn.Module):
     ) -> None:
         super().__init__()
         at_least_one(vocab_size=vocab_size, d_model=d_model, n_layers=n_layers, mlp_width=mlp_width)
-        positive(norm_eps=norm_eps)
+        positive(norm_eps=norm_eps, init_std=init_std)
         self.settings: dict[str, Any] = {
             "vocab_size": vocab_size,
             "d_model": d_model,

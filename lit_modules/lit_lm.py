@@ -97,6 +97,7 @@ class LitLM(LightningModule):
         self.test_nll = TokenNLL()
         self._given_steps: int | None = None  # within a fit: the trainer's own limit on steps, -1 for none
         self._micro_batch: int | None = None  # positions of a micro-batch; the same number on every rank
+        self._own_settings: list[dict[str, Any]] = []  # of each group of the optimizer
         self._sums: Tensor | None = None  # [3] of this rank since the last optimizer step: nll, targets, n_bytes
         self._positions = 0  # likewise
         self.ballot: Callable[[], list[int]] = list  # counts of this rank that go along with the sums of a step, which all ranks wait for anyway
@@ -123,7 +124,9 @@ class LitLM(LightningModule):
     def configure_optimizers(self) -> Optimizer:
         # A fused AdamW unscales fp16 gradients within its step, too late for clipping.
         fused = getattr(self.trainer.precision_plugin, "scaler", None) is None
-        return build_adamw(optimizer_groups(self.lm, self.weight_decay), lr=self.lr, betas=self.betas, fused=fused)
+        optimizer = build_adamw(optimizer_groups(self.lm, self.weight_decay), lr=self.lr, betas=self.betas, fused=fused)
+        self._own_settings = [{name: group[name] for name in ("weight_decay", "betas")} for group in optimizer.param_groups]
+        return optimizer
 
     def configure_callbacks(self) -> list[Callback]:
         return [Audit(), Resume()]
@@ -164,6 +167,11 @@ class LitLM(LightningModule):
         return int(replicas["num_replicas"]) if replicas else 1
 
     @property
+    def targets(self) -> int:
+        """Valid targets of this rank since the last optimizer step."""
+        return 0 if self._sums is None else int(self._sums[1])
+
+    @property
     def _accumulate(self) -> int:
         return int(self.trainer.accumulate_grad_batches)
 
@@ -172,6 +180,8 @@ class LitLM(LightningModule):
             Console().print(group_table(describe_groups(optimizer_groups(self.lm, self.weight_decay))))
 
     def on_train_start(self) -> None:
+        for group, own in zip(self.trainer.optimizers[0].param_groups if self._own_settings else (), self._own_settings, strict=True):
+            group.update(own)  # a checkpoint brings those of its training along
         self._micro_batch, self._sums, self._positions, self.votes = None, None, 0, []
         self.guard.begin()
 

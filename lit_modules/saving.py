@@ -8,7 +8,7 @@ import shutil
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, cast, final
+from typing import Any, Protocol, cast, final, runtime_checkable
 from weakref import proxy
 
 from lightning.fabric.plugins import TorchCheckpointIO
@@ -31,6 +31,14 @@ DIVERGED = "diverged.ckpt"  # weights that led to a step that is not finite; not
 
 class NotWrittenError(Exception):
     """A checkpoint could not be written, for the reason given; raised on all ranks."""
+
+
+@runtime_checkable
+class SeesCheckpoints(Protocol):
+    """A callback that is told, on the first rank, when a checkpoint has been written."""
+
+    def on_checkpoint_saved(self, trainer: Trainer) -> None:
+        """Of the step that the trainer is at."""
 
 
 @final
@@ -130,7 +138,17 @@ class Checkpoint(ModelCheckpoint):
         if self._due:
             self._due = False
             batch_end = super().on_train_batch_end
-            self._attempt(trainer, lambda: batch_end(trainer, pl_module, None, None, -1))
+            self._attempt(trainer, lambda: self._save_now(trainer, lambda: batch_end(trainer, pl_module, None, None, -1)))
+
+    def _save_now(self, trainer: Trainer, save: Callable[[], None]) -> None:
+        """Saves as last.ckpt what Lightning puts off until a validation has logged `monitor`: a kill before it is not to cost all steps."""
+        before, self._defer_save_until_validation = self._defer_save_until_validation, False
+        save()
+        if self._defer_save_until_validation:
+            step = self._last_global_step_saved
+            self._save_last_checkpoint(trainer, {})
+            self._last_global_step_saved = step  # the validation, which may be of this step, has its own to save
+        self._defer_save_until_validation |= before
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         validation_end = super().on_validation_end
@@ -237,6 +255,9 @@ class Checkpoint(ModelCheckpoint):
         self._last_global_step_saved, self._last_checkpoint_saved = trainer.global_step, filepath
         for logger in trainer.loggers if trainer.is_global_zero else ():
             logger.after_save_checkpoint(proxy(self))
+        for callback in trainer.callbacks if trainer.is_global_zero else ():  # type: ignore[attr-defined]
+            if isinstance(callback, SeesCheckpoints):
+                callback.on_checkpoint_saved(trainer)
 
     def _attempt(self, trainer: Trainer, save: Callable[[], None]) -> None:
         """Saves, or says that it could not and goes on; Lightning then knows of no new checkpoint, removes no old one and tries again."""

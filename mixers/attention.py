@@ -13,8 +13,7 @@ from torch import Tensor
 
 from kernels.varlen import is_readable, positions
 from mixers import flash
-from mixers.base import SequenceMixer, at_least_one, default_head_dim, linear_flops, multiple_of
-from mixers.errors import ConfigError
+from mixers.base import SequenceMixer, at_least_one, default_head_dim, linear_flops, multiple_of, positive
 from mixers.fan_out import fan_out
 from mixers.layers import Linear, normal, rotate
 from mixers.state import AttentionState
@@ -52,8 +51,7 @@ class Attention(SequenceMixer[AttentionState]):
         multiple_of("head_dim", self.head_dim, "a rotary pair", 2)
         if window is not None:
             at_least_one(window=window)
-        if rope_theta <= 0:
-            raise ConfigError(f"rope_theta: must be > 0, got {rope_theta}")
+        positive(rope_theta=rope_theta, init_std=init_std)
         self.window, self.rope_theta = window, rope_theta
         init = normal(init_std)
         self.q_proj = Linear(d_model, num_heads * self.head_dim, init=init)

@@ -128,10 +128,11 @@ def at_least_one(**settings: Any) -> None:
 
 
 def positive(**settings: Any) -> None:
-    """Raises ConfigError for the first of `settings` that is not a finite number above 0."""
+    """Raises ConfigError for the first of `settings` that is not a finite number above 0, in float32 too."""
+    least = torch.finfo(torch.float32).tiny
     for name, value in settings.items():
-        if not isinstance(value, (int, float)) or isinstance(value, bool) or not 0 < value < math.inf:
-            raise ConfigError(f"{name}: must be a finite number above 0, got {value!r}")
+        if not isinstance(value, (int, float)) or isinstance(value, bool) or not least <= value < math.inf:
+            raise ConfigError(f"{name}: must be a finite number above 0 (in float32, so at least {least:.1e}), got {value!r}")
 
 
 def multiple_of(name: str, value: int, base_name: str, base: int) -> None:

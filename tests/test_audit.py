@@ -161,6 +161,12 @@ def test_a_training_prints_warnings_and_refuses_what_cannot_train(capsys: pytest
     cut = ["mlp_norm", "mlp.gate", "mlp.up", "mlp.down"]
     assert said[1:] == [f"audit: warning: layers.0.{part}.weight: gets no gradient at the first step" for part in cut]
     lit = make_lit(make_lm("cpu"))
+    for parameter in lit.lm.parameters():
+        parameter.register_hook(torch.zeros_like)
+    fit(lit, make_batch(0), make_batch(1), max_steps=2)
+    said = [line for line in capsys.readouterr().err.splitlines() if line.startswith("audit")]
+    assert said == ["audit: warning: model: its gradient is zero in every parameter: nothing is learned"]
+    lit = make_lit(make_lm("cpu"))
     lit.lm.head.weight.data[0, 0] = math.nan
     with pytest.raises(ConfigError, match=r"model: training cannot begin: head\.weight: has values that are not finite") as error:
         fit(lit, make_batch(0), max_steps=1)

@@ -105,6 +105,14 @@ def test_checkpoint_alone_says_what_its_model_is(here: Path, trained: Path) -> N
     assert read_checkpoint(last(here))["global_step"] == 5
 
 
+def test_settings_of_the_optimizer_come_from_the_command_line(here: Path, trained: Path) -> None:
+    """A checkpoint's optimizer brings its own along."""
+    assert main(["fit", "--config=small.yaml", f"--ckpt_path={last(trained)}", "--model.max_tokens=320", "--model.weight_decay=0.5",
+                 "--model.betas=[0.5, 0.25]"]) == 0  # fmt: skip
+    (state,) = read_checkpoint(last(here))["optimizer_states"]
+    assert [(group["weight_decay"], tuple(group["betas"])) for group in state["param_groups"]] == [(0.5, (0.5, 0.25)), (0.0, (0.5, 0.25))]
+
+
 def test_settings_that_are_not_the_models_come_from_the_command_line(here: Path, trained: Path) -> None:
     """Lightning's own command line would take lr from the checkpoint's hyperparameters."""
     assert main(["fit", "--config=small.yaml", f"--ckpt_path={last(trained)}", "--model.lr=0.5", "--model.max_tokens=320"]) == 0

@@ -299,3 +299,24 @@ logger.finalize("success")
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=False, timeout=120)
     assert done.returncode == 0, done.stderr
     assert done.stderr == "log: TensorBoard's events are not written any more: File too large; training goes on\n"
+
+
+def test_what_waits_for_a_metric_is_saved_all_the_same(here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The best are chosen by a validation that comes after 4 steps; last.ckpt is there every step, and the receipt knows."""
+    saved: list[int | None] = []
+    begin = LitLM.on_train_batch_start
+
+    def look(self: LitLM, *arguments: Any) -> Any:
+        files = [*here.glob("runs/small/*/checkpoints/*.ckpt")]
+        assert {file.name for file in files} <= {"last.ckpt"}
+        saved.append(read_checkpoint(files[0])["global_step"] if files else None)
+        return begin(self, *arguments)
+
+    monkeypatch.setattr(LitLM, "on_train_batch_start", look)
+    often = ["--checkpoint.monitor=val/loss", "--checkpoint.every_n_train_steps=1", "--trainer.val_check_interval=4"]
+    assert main(["fit", "--config=small.yaml", *often]) == 0
+    assert saved == [None, 1, 2, 3]
+    (run,) = here.glob("runs/small/*")
+    assert {file.name for file in (run / "checkpoints").iterdir()} == {"last.ckpt", "epoch=0-step=4.ckpt"}
+    assert read_checkpoint(run / "checkpoints" / "last.ckpt")["global_step"] == 4
+    assert json.loads((run / "receipt.json").read_text())["first_saved"] == 1

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import csv
 from pathlib import Path
-from typing import Any
 
 import yaml
 from lightning.fabric.utilities.rank_zero import rank_zero_only
@@ -14,7 +12,8 @@ from lit_modules.paths import given_path
 from lit_modules.saving import DIVERGED
 from lit_modules.saving import LAST as LAST_FILE
 from mixers.errors import ConfigError
-from recipes.commands.run_folder import CHECKPOINTS, CONFIG, METRICS
+from recipes.commands.receipt import read_receipt
+from recipes.commands.run_folder import CHECKPOINTS, CONFIG
 
 LAST = "last"
 AUTO = "auto"  # last, or the beginning where no run has saved anything yet
@@ -81,8 +80,7 @@ def newest_run(roots: list[Path]) -> Path | None:
 
 
 def check_there(roots: list[Path], place: Path | None) -> None:
-    """ConfigError if the newest run has no checkpoint, though one was due by its config and log, or has them where nobody looks: what an older one
-    has is not where it ended.
+    """ConfigError if the newest run has lost all its checkpoints, or has them where nobody looks: what an older one has is not where it ended.
 
     Args:
         roots: folders of runs.
@@ -94,36 +92,18 @@ def check_there(roots: list[Path], place: Path | None) -> None:
     try:
         config = yaml.safe_load((run / CONFIG).read_bytes())
         saves = given_path(config["checkpoint"]["dirpath"] or run / CHECKPOINTS, "checkpoint.dirpath")
-        elsewhere = place is None and saves.resolve() != (run / CHECKPOINTS).resolve() and bool(saved_in(saves))
-        steps = [] if saved_in(saves) else _steps(run)
-        if not elsewhere and not (steps and _was_due(config, steps)):
-            return
+        first = read_receipt(run, "ckpt_path").get("first_saved")
     except (OSError, ValueError, KeyError, TypeError, yaml.YAMLError):  # a run that did not come so far
         return
-    if elsewhere:
+    if place is None and saves.resolve() != (run / CHECKPOINTS).resolve() and saved_in(saves):
         raise ConfigError(
             f"ckpt_path: {run}, the newest run, has saved in {saves}: give --checkpoint.dirpath {saves} to go on from there, or name the file; "
             "to begin anew, leave out ckpt_path"
         )
+    if first is None or saved_in(saves):
+        return
     others = last_good({"of another run ": saved_by(*roots)})
     raise ConfigError(
-        f"ckpt_path: {saves} holds no checkpoint any more, but {run}, the newest run, has taken {steps[-1][0] + 1:,} steps and saved some there; "
+        f"ckpt_path: {saves} holds no checkpoint any more, but {run}, the newest run, has saved some there, the first at step {first:,}; "
         f"to go on from before it, or from the beginning, remove {run}{others}"
     )
-
-
-def _steps(run: Path) -> list[tuple[int, bool]]:
-    """The rows of a run's log: the number of the step, from 0, and whether it is that of a validation."""
-    with (run / METRICS).open(newline="", encoding="utf-8") as file:
-        return [(int(row["step"]), bool(row.get("val/loss"))) for row in csv.DictReader(file)]
-
-
-def _was_due(config: dict[str, Any], steps: list[tuple[int, bool]]) -> bool:
-    """Whether a run had a checkpoint to save, and took a step behind it, by when the rows of its log are."""
-    settings = config["checkpoint"]
-    if config["trainer"]["enable_checkpointing"] is False or (not settings["save_last"] and settings["save_top_k"] == 0):
-        return False
-    first, last, every = steps[0][0], steps[-1][0], settings["every_n_train_steps"]
-    if every:
-        return bool(last // every * every > first)
-    return settings["train_time_interval"] is None and any(validation and first <= step < last for step, validation in steps)

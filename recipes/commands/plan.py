@@ -94,13 +94,12 @@ def make_plan(config: Namespace, *, needs_tokenizer: bool) -> Plan:
 
 def _check_numbers(config: Namespace) -> None:
     """ConfigError for what Lightning and torch would refuse late, in many lines or not at all."""
-    trainer, std = config.trainer, config.model.lm.init_std
+    trainer = config.trainer
     clip, interval = trainer.gradient_clip_val, trainer.val_check_interval
     numbers = int, float
     root, place = trainer.default_root_dir, config.checkpoint.dirpath
     epochs, every, sanity = trainer.check_val_every_n_epoch, trainer.log_every_n_steps, trainer.num_sanity_val_steps
     for key, value, holds, legal in (
-        ("model.lm.init_std", std, 0 < std < math.inf, "a number > 0"),
         ("trainer.gradient_clip_val", clip, clip is None or 0 <= clip < math.inf, "null or a number >= 0"),
         ("trainer.val_check_interval", interval, not isinstance(interval, numbers) or 0 < interval < math.inf, "null or > 0"),
         ("trainer.check_val_every_n_epoch", epochs, epochs is None or epochs >= 1, "null or a number of epochs"),

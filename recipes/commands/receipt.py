@@ -115,6 +115,7 @@ class Receipt(Callback):
             "started": _now(),
             "ended": None,
             "outcome": {"state": "running"},  # what stays of a run that was killed
+            "first_saved": None,  # the step of its first checkpoint
             "command": ["python", "-m", "recipes", "fit", *argv],
             "config": {"file": CONFIG, "sha256": hashlib.sha256(config).hexdigest()},
             "data": _data(cli.datamodule),
@@ -149,6 +150,15 @@ class Receipt(Callback):
         self.content["processes"] = trainer.world_size
         self._first = trainer.global_step
         self._write()
+
+    def on_checkpoint_saved(self, trainer: Trainer) -> None:
+        """Notes the first one: `auto` begins anew only where there never was any."""
+        if self.content["first_saved"] is None:
+            self.content["first_saved"] = trainer.global_step
+            try:
+                self._write()
+            except OSError:  # a full disk: with the next one again
+                self.content["first_saved"] = None
 
     def end(self, state: str, error: BaseException | None = None) -> None:
         """How the training ended."""
