@@ -207,7 +207,8 @@ class RunSummary(Callback):
         if sample is not None:
             self._report += ["sample:", _printable(sample)]
         if folder is None:
-            self._report.append("no files written: this run has no folder")
+            why = "trainer.logger is false" if not trainer.loggers else "this run has no folder"
+            self._report.append(f"no loss curve and no sample written: {why}")
             return
         try:
             Path(folder).mkdir(parents=True, exist_ok=True)

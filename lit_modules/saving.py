@@ -205,10 +205,11 @@ class Checkpoint(ModelCheckpoint):
                 what = f"not written: {error}"
         if not trainer.is_global_zero:
             return
-        print(f"checkpoint: {what}; {self._good}", flush=True)
+        same = self._last_checkpoint_saved and self._last_global_step_saved == trainer.global_step
+        print(f"checkpoint: {what}; {f'{self._last_checkpoint_saved} is of the same step' if same else self._good}", flush=True)
         file = Path(path).parents[1] / AUTOPSY
         if file.is_file():
-            last = self._last_checkpoint_saved or trainer.ckpt_path
+            last = None if same else self._last_checkpoint_saved or trainer.ckpt_path
             about = {**json.loads(file.read_bytes()), "checkpoints": {"diverged": path if saved else None, "last_good": last and str(last)}}
             try:
                 replace_file(file, json.dumps(about, indent=1).encode())

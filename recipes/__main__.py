@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import os
+import signal
 import sys
-from collections.abc import Callable
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
 from importlib import import_module
 
 from mixers.errors import ConfigError, unknown
@@ -55,6 +58,24 @@ def find_command(name: str) -> Callable[[list[str]], int]:
     return run
 
 
+def _not_begun(signum: int, _: object) -> None:
+    os.write(2, f"stopped by {signal.Signals(signum).name} before training began: nothing was written, the same command line begins again\n".encode())
+    os._exit(143)
+
+
+@contextmanager
+def ends_on_signals() -> Iterator[None]:
+    """Around the imports of a training, which take seconds: SIGTERM and SIGUSR1 end it as `lit_modules.stopping`, which is among them, does later."""
+    signals = [getattr(signal, name) for name in ("SIGTERM", "SIGUSR1") if hasattr(signal, name)]
+    main_thread = threading.current_thread() is threading.main_thread()
+    before = {signum: signal.signal(signum, _not_begun) for signum in signals if main_thread}
+    try:
+        yield
+    finally:
+        for signum, handler in before.items():
+            signal.signal(signum, handler)
+
+
 def lost_process(error: RuntimeError) -> str | None:
     """The line for an error that means that another process of a training has ended; None for another."""
     if "lit_modules.parallel" not in sys.modules:  # which a training has loaded
@@ -82,7 +103,9 @@ def main(argv: list[str] | None = None) -> int:
     if not {"", os.getcwd()} & set(sys.path):
         sys.path.append(os.getcwd())  # a mixer beside the config is found by its dotted path, as `python -m` would
     try:
-        return find_command(arguments[0])(arguments[1:])
+        with ends_on_signals() if arguments[0] == "fit" else nullcontext():
+            command = find_command(arguments[0])
+        return command(arguments[1:])
     except ConfigError as error:
         print("error:", " ".join(str(error).split()), file=sys.stderr)
         return 2

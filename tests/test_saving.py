@@ -227,6 +227,18 @@ def test_a_diverged_training_keeps_its_last_good_checkpoint(here: Path, capsys: 
     assert "has already seen 256 of 256 tokens; raise model.max_tokens" in capsys.readouterr().err
 
 
+def test_a_checkpoint_of_the_step_that_diverges_is_not_called_good(
+    here: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    diverge(monkeypatch, 2)
+    assert main([*COMMAND, "--checkpoint.every_n_train_steps=1"]) == 1
+    (run,) = here.glob("runs/small/*")
+    line = lines(capsys)[-1]
+    assert "/diverged.ckpt (step 2) has the weights that diverged, not to be gone on from; " in line
+    assert line.endswith("last.ckpt is of the same step")
+    assert json.loads((run / "autopsy.json").read_text())["checkpoints"]["last_good"] is None
+
+
 def test_a_training_that_diverges_before_anything_was_saved(here: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
     with monkeypatch.context() as patch:
         diverge(patch, 1)

@@ -171,6 +171,15 @@ def test_a_signal_while_a_training_starts(signum: signal.Signals, moment: str, h
     assert main([*COMMAND, "--ckpt_path=auto", "--trainer.max_steps=1"]) == 0
 
 
+@pytest.mark.parametrize("signum", [signal.SIGTERM, signal.SIGUSR1])
+def test_a_signal_while_modules_are_imported(signum: signal.Signals, tmp_path: Path) -> None:
+    program = f"import os, recipes.__main__ as m; m.import_module = lambda _: os.kill(os.getpid(), {int(signum)}); m.main(['fit'])"
+    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[1])}
+    done = subprocess.run([sys.executable, "-c", program], cwd=tmp_path, env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 143
+    assert done.stderr == f"stopped by {signum.name} before training began: nothing was written, the same command line begins again\n"
+
+
 def test_no_handler_of_errors_takes_a_signal_for_one() -> None:
     def careless() -> None:
         with contextlib.suppress(Exception):  # as a plug-in may

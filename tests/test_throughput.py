@@ -321,7 +321,7 @@ def test_the_slowest_rank_counts(tmp_path: Path) -> None:
 
 
 def test_cost_in_gpu_hours(monkeypatch: pytest.MonkeyPatch) -> None:
-    plan = SimpleNamespace(model=SimpleNamespace(lm=make_lm(), max_tokens=10**12), data=SimpleNamespace(seq_len=T), precision="bf16-mixed")
+    plan = SimpleNamespace(model=SimpleNamespace(lm=make_lm()), tokens=10**12, data=SimpleNamespace(seq_len=T), precision="bf16-mixed")
     flops = flops_per_token(plan.model.lm, T) * 10**12
     assert preflight.cost(plan) == f"{flops:.2g} FLOPs to 1,000,000,000,000 tokens (no GPU here: GPU-hours are not known)"
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)

@@ -23,7 +23,9 @@ SECTIONS = (
     *("versions", "source", "machine", "backends", "tiles", "environment"),
 )
 VERIFIED = "data.verified"  # how many files of shards were read; no difference of the data, but a reason to doubt that there is none
-PLACES = tuple(f"config.{key}" for key in ("data.path", "data.val_path", "trainer.default_root_dir", "ckpt_path"))  # what lies there is compared
+PLACES = tuple(  # what lies there is compared
+    f"config.{key}" for key in ("data.path", "data.val_path", "data.test_path", "trainer.default_root_dir", "checkpoint.dirpath", "ckpt_path")
+)
 NOTHING = "(none)"
 
 

@@ -66,6 +66,8 @@ def _prepare(argv: list[str]) -> Training | None:
     request, checkpoint = with_checkpoint(collect(argv))
     cli = MixersCLI("fit", request)
     may_change = changeable(cli.config.may_change)
+    if may_change and cli.config.ckpt_path is None:
+        raise ConfigError("may_change: is of a training that goes on; give --ckpt_path too, or leave it out")
     plan = make_plan(cli.config, needs_tokenizer=True)
     if checkpoint is not None:
         check_model(checkpoint, plan.model.lm)
@@ -90,7 +92,7 @@ def _prepare(argv: list[str]) -> Training | None:
         if folder is not None:
             folder.remove()
         raise
-    _announce(plan, folder, backends)
+    _announce(plan, folder, backends, saves=cli.config.trainer.enable_checkpointing is not False)
     return Training(cli, plan, checkpoint, about)
 
 
@@ -191,11 +193,13 @@ def _where_to_write(config: Namespace, folder: RunFolder | None) -> Path | None:
 
 
 @rank_zero_only
-def _announce(plan: Plan, folder: RunFolder | None, backends: list[str]) -> None:
+def _announce(plan: Plan, folder: RunFolder | None, backends: list[str], *, saves: bool) -> None:
     lm = plan.model.lm
     size = f"{short_number(sizes.count(lm))} parameters ({short_number(sizes.parameters_in_blocks(lm))} in the blocks)"
     print(f"model: [{', '.join(lm.settings['layout'])}] over {lm.settings['n_layers']} layers, {size}")
-    print(f"training: {short_number(plan.model.max_tokens)} tokens, {plan.tokens_a_step:,} a step, {plan.steps:,} steps")
+    print(f"training: {short_number(plan.tokens)} tokens, {plan.tokens_a_step:,} a step, {plan.steps:,} steps")
     for line in backends:
         print(f"backend: {line}")
+    if folder and not saves:
+        print("checkpoints: none, trainer.enable_checkpointing is false")
     print(f"run folder: {folder.path}" if folder else "run folder: none (fast_dev_run)", flush=True)

@@ -52,6 +52,11 @@ class Plan(NamedTuple):
         steps = -(-self.model.max_tokens // self.tokens_a_step)
         return steps if self.max_steps == -1 else min(steps, self.max_steps)
 
+    @property
+    def tokens(self) -> int:
+        """Tokens until the first limit."""
+        return min(self.model.max_tokens, self.steps * self.tokens_a_step)
+
 
 def build_model(**settings: Any) -> DecoderLM:
     """The model on the meta device; ConfigError with the full key of a setting that cannot be used."""
@@ -108,6 +113,8 @@ def _check_numbers(config: Namespace) -> None:
         ("trainer.limit_train_batches", trainer.limit_train_batches, trainer.limit_train_batches != 0, "null or > 0"),
         ("trainer.min_steps", trainer.min_steps, (trainer.min_steps or 0) >= 0, "null or a number of steps"),
         ("trainer.min_epochs", trainer.min_epochs, (trainer.min_epochs or 0) >= 0, "null or a number of epochs"),
+        ("trainer.min_steps", trainer.min_steps, _within(trainer.min_steps, trainer.max_steps), "at most trainer.max_steps"),
+        ("trainer.min_epochs", trainer.min_epochs, _within(trainer.min_epochs, trainer.max_epochs), "at most trainer.max_epochs"),
         ("trainer.max_steps", trainer.max_steps, trainer.max_steps >= -1, "-1 (no limit) or a number of steps"),
         ("trainer.default_root_dir", root, bool(root) and "://" not in str(root), "a folder of this machine"),
         ("checkpoint.dirpath", place, place != "", "null or a folder"),
@@ -115,6 +122,11 @@ def _check_numbers(config: Namespace) -> None:
     ):
         if not holds:
             raise ConfigError(f"{key}: must be {legal}, got {value}")
+
+
+def _within(least: int | None, most: int | None) -> bool:
+    """Whether a training that ends at `most` (None, -1: no limit) can have taken `least`."""
+    return most is None or most < 0 or (least or 0) <= most
 
 
 def _check_strategy(trainer: Namespace, *, here: bool) -> list[str]:

@@ -101,15 +101,15 @@ def facts(plan: Plan) -> dict[str, str]:
         "cost": cost(plan),
         "dtypes": f"{plan.precision}; {sum(p.numel() for n, p in lm.named_parameters() if n in fp32):,} parameters stay float32",
         "tokens a step": f"{plan.tokens_a_step:,} = {batch}",
-        "steps": f"{plan.steps:,} to {plan.model.max_tokens:,} tokens, {plan.model.warmup_tokens // plan.tokens_a_step:,} of them warm-up",
+        "steps": f"{plan.steps:,} to {plan.tokens:,} tokens, {plan.model.warmup_tokens // plan.tokens_a_step:,} of them warm-up",
         **{f"note {i}": note for i, note in enumerate(plan.notes, 1)},
     }
 
 
 def cost(plan: Plan) -> str:
     """Model FLOPs of the whole training, and GPU-hours on this machine's GPU if its peak is known."""
-    flops = flops_per_token(plan.model.lm, plan.data.seq_len) * plan.model.max_tokens
-    text = f"{flops:.2g} FLOPs to {plan.model.max_tokens:,} tokens"
+    flops = flops_per_token(plan.model.lm, plan.data.seq_len) * plan.tokens
+    text = f"{flops:.2g} FLOPs to {plan.tokens:,} tokens"
     gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else None
     peak = None if gpu is None else peak_flops(gpu, plan.precision)
     if peak is None:
