@@ -169,7 +169,7 @@ def test_parts_may_be_added() -> None:
     cli = built(f"--trainer.callbacks={stop}", f"--trainer.logger={log}", "--checkpoint.save_top_k=-1", folder=make_run_folder("runs").path)
     assert any(isinstance(callback, EarlyStopping) for callback in cli.trainer.callbacks)
     assert any(isinstance(callback, ModelCheckpoint) and callback.save_top_k == -1 for callback in cli.trainer.callbacks)
-    assert [type(logger).__name__ for logger in cli.trainer.loggers] == ["CSVLogger", "TensorBoardLogger"]
+    assert [type(logger).__name__ for logger in cli.trainer.loggers] == ["Metrics", "TensorBoardLogger"]
     assert cli.trainer.log_dir.rstrip("/") == str(cli.run_folder)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import errno
 import json
 import os
@@ -18,7 +19,7 @@ import torch
 from cli_cases import here_fixture, one_thread  # noqa: F401
 from lit_cases import make_lm
 
-from lit_modules import intact
+from lit_modules import events, intact
 from lit_modules.intact import last_good, link, part_of, write_file
 from lit_modules.lit_lm import LitLM, read_checkpoint
 from lit_modules.stopping import StopOnSignal
@@ -332,3 +333,66 @@ def test_what_waits_for_a_metric_is_saved_all_the_same(here: Path, monkeypatch: 
     assert {file.name for file in (run / "checkpoints").iterdir()} == {"last.ckpt", "epoch=0-step=4.ckpt"}
     assert read_checkpoint(run / "checkpoints" / "last.ckpt")["global_step"] == 4
     assert json.loads((run / "receipt.json").read_text())["first_saved"] == 1
+
+
+@pytest.mark.fault(
+    "disk full",
+    "metrics.csv beyond a limit of the size of a file, with the same columns and with another one",
+    "nothing, once there is space",
+)
+@pytest.mark.parametrize("column", ["loss", "other"])
+@pytest.mark.parametrize("room", [True, False])
+def test_metrics_on_a_full_disk(column: str, room: bool, tmp_path: Path) -> None:
+    script = f"""
+import resource, signal
+from lit_modules.events import Metrics
+signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+hard = resource.getrlimit(resource.RLIMIT_FSIZE)[1]
+logger = Metrics({str(tmp_path)!r}, name="", version="")
+for step in range(300):
+    if step == 100:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (1050, hard))  # in the middle of a row
+    if step == 250 and {room}:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (hard, hard))
+    logger.log_metrics({{"loss" if step < 102 else {column!r}: step + 0.25}}, step)
+    logger.save()
+logger.finalize("success")
+"""
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=False, timeout=120)
+    assert done.returncode == 0, done.stderr
+    kept = "its rows are kept in memory until they can be; training goes on"
+    assert done.stderr == f"log: metrics.csv cannot be written: File too large; {kept}\n"
+    assert [file.name for file in tmp_path.iterdir()] == ["metrics.csv"]
+    with (tmp_path / "metrics.csv").open(newline="") as table:
+        assert table.read().endswith("\r\n")
+        table.seek(0)
+        rows = list(csv.DictReader(table))
+    assert len(rows) == 300 if room else 100 < len(rows) < 300
+    assert [row["step"] for row in rows] == [str(step) for step in range(len(rows))]
+    assert [row["loss"] or row[column] for row in rows] == [str(step + 0.25) for step in range(len(rows))]
+
+
+@pytest.mark.fault("disk full", "ENOSPC at the rows of metrics.csv after the first; there is room again at the end", "nothing: training goes on")
+def test_training_goes_on_without_room_for_metrics(here: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    append, calls = events._append, []
+
+    def refuse(file: Path, content: bytes) -> None:
+        calls.append(content)
+        if len(calls) < 4:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        append(file, content)
+
+    assert main(COMMAND[:-1]) == 0
+    (whole,) = here.glob("runs/*/*/metrics.csv")
+    monkeypatch.setattr(events, "_append", refuse)
+    capsys.readouterr()
+    assert main(COMMAND[:-1]) == 0
+    assert [line for line in capsys.readouterr().err.splitlines() if line.startswith("log:")] == [
+        "log: metrics.csv cannot be written: No space left on device; its rows are kept in memory until they can be; training goes on"
+    ]
+    assert len(calls) >= 4
+    (other,) = {*here.glob("runs/*/*/metrics.csv")} - {whole}
+    columns = ("step", "train/loss", "val/loss")
+    tables = [[[row[column] for column in columns] for row in csv.DictReader(file.read_text().splitlines())] for file in (whole, other)]
+    assert tables[0] == tables[1]
+    assert json.loads(other.with_name("receipt.json").read_text())["outcome"]["state"] == "finished"

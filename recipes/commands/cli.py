@@ -10,13 +10,13 @@ from jsonargparse import ArgumentError, Namespace
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import Callback, Trainer
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
-from lightning.pytorch.loggers import CSVLogger, Logger
+from lightning.pytorch.loggers import Logger
 
 from lit_modules.callbacks import ProgressBar, RunSummary
 from lit_modules.data import PackedText
 from lit_modules.data.loaders import SHARED
 from lit_modules.decoder_lm import DecoderLM
-from lit_modules.events import Events
+from lit_modules.events import Events, Metrics
 from lit_modules.lit_lm import LitLM
 from lit_modules.saving import Checkpoint
 from lit_modules.stopping import StopOnSignal
@@ -139,7 +139,7 @@ class MixersCLI(LightningCLI):
         """Loggers that all write into the run folder; those of the config come in place of TensorBoard's."""
         if self.run_folder is None or given is False:
             return False
-        own: list[Logger] = [CSVLogger(self.run_folder, name="", version="")]
+        own: list[Logger] = [Metrics(self.run_folder, name="", version="")]
         if given in (None, True):
             return [*own, Events(self.run_folder, name="", version="")]
         return own + (given if isinstance(given, list) else [given])
