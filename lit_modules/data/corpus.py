@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import glob
 import json
+import sys
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from lit_modules.data.builtin import standard_library
 from lit_modules.paths import given_path
@@ -137,6 +138,10 @@ def _json_text(line: str, where: str, text_key: str, key: str) -> str:
         record = json.loads(line)
     except json.JSONDecodeError as error:
         raise ConfigError(f"{key}: {where} is not JSON: {error.msg} at column {error.colno}") from error
+    except RecursionError as error:
+        raise ConfigError(f"{key}: {where} cannot be read: its JSON is nested too deeply") from error
+    except ValueError as error:  # Python's own limit
+        raise ConfigError(f"{key}: {where} cannot be read: it has an integer of more than {sys.get_int_max_str_digits():,} digits") from error
     if not isinstance(record, dict):
         raise ConfigError(f"{key}: {where} is not a JSON object with a key {text_key!r}")
     if text_key not in record:
@@ -177,10 +182,27 @@ def _read_parquet(name: str, file: Path, text_key: str, key: str, span: tuple[in
         if not (pa.types.is_string(kind) or pa.types.is_large_string(kind)):
             raise ConfigError(f"{key}: {file}: column {text_key!r} does not hold strings but {kind}")
         row, groups = 0, range(*(span or (0, table.num_row_groups)))
+        before = sum(table.metadata.row_group(group).num_rows for group in range(groups.start))
         for batch in table.iter_batches(batch_size=1024, row_groups=[*groups], columns=[text_key]):
-            for text in batch.column(0).to_pylist():
+            for text in _texts(batch.column(0), file, before + row, key):
                 yield Document(f"{name}:{row}", text or "")  # a null is an empty text, and passed over like one
                 row += 1
+
+
+def _texts(column: Any, file: Path, first: int, key: str) -> list[str | None]:
+    """The texts of a column that begins at row `first` of a file. pyarrow takes any bytes for a string."""
+    try:
+        texts: list[str | None] = column.to_pylist()
+    except UnicodeDecodeError:
+        for row, text in enumerate(column, start=first):
+            try:
+                text.as_py()
+            except UnicodeDecodeError as error:
+                raise ConfigError(
+                    f"{key}: {file} row {row} is not UTF-8 text (byte 0x{error.object[error.start]:02x} at offset {error.start})"
+                ) from error
+        raise
+    return texts
 
 
 @contextmanager
@@ -192,5 +214,5 @@ def parquet_errors(file: Path, key: str) -> Iterator[None]:
         raise ConfigError(f"{key}: {file} needs pyarrow: pip install 'lightning-mixers[text]'") from error
     try:
         yield
-    except pa.ArrowException as error:
+    except (pa.ArrowException, UnicodeDecodeError) as error:  # the latter: names of columns
         raise ConfigError(f"{key}: {file} is not a readable Parquet file: {str(error).splitlines()[0]}") from error

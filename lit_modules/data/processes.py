@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import os
+import pickle
 import signal
 import threading
+import traceback
 from collections.abc import Callable, Generator, Iterable, Iterator
 from contextlib import contextmanager
 from multiprocessing import connection, get_context, parent_process
@@ -21,7 +23,7 @@ AHEAD = 2  # items that a process has been given at a time, so that it need not 
 def unordered(function: Callable[[Item], Answer], items: Iterable[Item], workers: int) -> Generator[Answer, None, None]:
     """function(item) of every item, in the order in which they become ready; in this process if `workers` is 0.
 
-    The function is sent once to each worker. What it raises as ConfigError is raised here. Workers end with this process, also when it is
+    The function is sent once to each worker. What it raises is raised here. Workers end with this process, also when it is
     killed, and when the caller stops asking.
 
     Raises:
@@ -103,10 +105,23 @@ def _serve(pipe: Connection, function: Callable[[Item], Answer]) -> None:
         except EOFError:
             return
         try:
-            answer: tuple[ConfigError | None, Any] = None, function(item)
-        except ConfigError as error:
-            answer = error, None
+            answer: tuple[Exception | None, Any] = None, function(item)
+        except Exception as error:  # a worker that ended with it would pass for one that was killed
+            answer = _sendable(error), None
         pipe.send(answer)
+
+
+def _sendable(error: Exception) -> Exception:
+    """An error as another process can raise it, with its traceback, which stays behind otherwise."""
+    if isinstance(error, ConfigError):
+        return error
+    where = f"in a worker process:\n{''.join(traceback.format_exception(error))}"
+    try:
+        pickle.loads(pickle.dumps(error))
+    except Exception:  # whatever its class does in there
+        error = RuntimeError(f"{type(error).__name__}: {error}")
+    error.add_note(where)
+    return error
 
 
 def _end_with_parent() -> None:

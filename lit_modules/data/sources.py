@@ -142,7 +142,12 @@ class DatasetSource(Source):
     def read(self, unit: int) -> Iterator[Document]:
         rows = range(unit * UNIT_ROWS, min((unit + 1) * UNIT_ROWS, self._rows))
         for first in rows[::1024]:
-            for row, text in enumerate(self._data[first : min(first + 1024, rows.stop)][self._text_key], start=first):
+            stop = min(first + 1024, rows.stop)
+            try:
+                texts = self._data[first:stop][self._text_key]
+            except UnicodeDecodeError as error:  # a column of strings may hold any bytes
+                raise ConfigError(f"{KEY}: {self._name}: a text of its rows {first} .. {stop - 1} is not UTF-8") from error
+            for row, text in enumerate(texts, start=first):
                 yield Document(f"{self._name}:{row}", text or "")
 
 
