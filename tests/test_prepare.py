@@ -235,8 +235,8 @@ COMMANDS = {
     "empty to check": (["--check", "--out="], "error: out: must be set"),
     "a file": ([*FILE, "--out=a.txt"], "error: out: a.txt is a file; give a folder"),
     "in a file": ([*FILE, "--out=a.txt/o"], "error: out: a.txt/o/.prepare cannot be written: Not a directory; mend that, or give another folder"),
-    "long": ([*FILE, f"--out={'o' * 300}"], f"error: out: {'o' * 300} cannot be looked up: File name too long"),
-    "long source": (["--out=o", "--tokenizer=bytes", f"--source={'a' * 300}"], f"error: source: {'a' * 300} cannot be looked up: File name too"),
+    "long": ([*FILE, f"--out={'o' * 300}"], f"error: out: {'o' * 100}... (300 characters) cannot be looked up: File name too long"),
+    "long source": (["--out=o", "--tokenizer=bytes", f"--source={'a' * 300}"], f"error: source: {'a' * 100}... (300 characters) cannot be"),
     "nobody's home": ([*FILE, "--out=~nobody-here/o"], "error: out: ~nobody-here/o cannot be looked up: Could not determine home directory"),
 }
 
