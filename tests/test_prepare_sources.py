@@ -19,6 +19,7 @@ from lit_modules.data.prepare import prepare
 from lit_modules.data.sources import FileSource, Source
 from lit_modules.data.tokenizer import ByteTokenizer
 from mixers.errors import ConfigError
+from recipes.__main__ import main
 
 ROOT = Path(__file__).parents[1]
 
@@ -146,3 +147,43 @@ def test_without_a_network(tmp_path: Path) -> None:
     assert done.stderr.startswith("error: source: 'some/texts' is no file, folder or glob pattern here, and no dataset that can be loaded")
     assert "check the name and the network, or download its files" in done.stderr
     assert not (tmp_path / "out").exists()
+
+
+PLACES = {  # source, out, and whether the one would find what is in the other
+    "the same": ("texts", "texts", True),
+    "the same, by another way": ("texts", "texts/../texts/new/..", True),
+    "inside": ("texts", "texts/new/out", True),
+    "by a link": ("link", "texts/out", True),
+    "hidden": ("texts", "texts/.out", False),
+    "beside": ("texts", "texts2", False),
+    "beside, in a folder around": ("texts/deep", "texts/out", False),
+    "beside a file": ("texts/a.txt", "texts/out", False),
+    "any file of a pattern": ("texts/**", "texts/out", True),
+    "two levels of a pattern": ("texts/*/*", "texts/out", True),
+    "one level of a pattern": ("texts/*", "texts/out", False),
+    "the index": ("texts/**/*.json*", "texts/out", True),
+    "other names": ("texts/**/*.txt", "texts/out", False),
+    "hidden from a pattern": ("texts/**/*", "texts/.out", False),
+}
+
+
+@pytest.mark.parametrize("case", PLACES)
+def test_shards_do_not_become_part_of_their_source(
+    case: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Where they would not, the same command has nothing to do the second time."""
+    monkeypatch.chdir(tmp_path)
+    Path("texts/deep").mkdir(parents=True)
+    Path("link").symlink_to("texts")
+    for name in ("a.txt", "deep/b.txt", "deep/c.json"):
+        Path("texts", name).write_text("text")
+    before = sorted(tmp_path.rglob("*"))
+    source, out, inside = PLACES[case]
+    command = ["prepare", f"--source={source}", f"--out={out}", "--tokenizer=bytes", "--workers=0"]
+    if inside:
+        assert main(command) == 2
+        said = f"error: out: its shards would be part of --source {source}; give a folder outside of it"
+        assert capsys.readouterr().err.splitlines() == [said]
+        assert sorted(tmp_path.rglob("*")) == before
+    else:
+        assert main(command) == main(command) == 0

@@ -7,6 +7,7 @@ import json
 import sys
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -102,6 +103,27 @@ def find_files(path: str, key: str) -> list[tuple[str, Path]]:
         legal = "a file, a folder, or a glob pattern that matches files"
         raise ConfigError(f"{key}: {path} does not exist (legal: {legal})")
     return [(file.as_posix(), file) for file in files]
+
+
+def would_find(path: str, file: Path, key: str) -> bool:
+    """Whether `find_files` finds a file of this name too, once it is there."""
+    root, parts = given_path(path, key), file.expanduser().resolve().parts
+    pattern = root.resolve().parts
+    if root.is_dir():
+        return parts[: len(pattern)] == pattern and not any(map(_hidden, parts[len(pattern) :]))
+    return _matches(parts, pattern)
+
+
+def _matches(parts: tuple[str, ...], pattern: tuple[str, ...]) -> bool:
+    """Whether the parts of a path match those of a glob pattern."""
+    if not pattern or not parts:
+        return not parts and all(part == "**" for part in pattern)
+    first, wild = pattern[0], glob.has_magic(pattern[0])
+    if wild and parts[0].startswith(".") and not first.startswith("."):
+        return first == "**" and _matches(parts, pattern[1:])  # which stands for no folder, too
+    if first == "**":
+        return _matches(parts, pattern[1:]) or _matches(parts[1:], pattern)
+    return fnmatchcase(parts[0], first) and _matches(parts[1:], pattern[1:])
 
 
 def _hidden(part: str) -> bool:

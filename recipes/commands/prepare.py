@@ -8,8 +8,9 @@ import time
 from argparse import Namespace
 from pathlib import Path
 
+from lit_modules.data.corpus import would_find
 from lit_modules.data.prepare import Progress, Settings, prepare
-from lit_modules.data.shards import SPLITS, Index, Shard, read_index
+from lit_modules.data.shards import INDEX, SPLITS, Index, Shard, files_of, read_index
 from lit_modules.data.sources import open_source
 from lit_modules.data.tokenizer import load_tokenizer
 from lit_modules.data.verify import check_shards
@@ -39,9 +40,17 @@ def _prepare(given: Namespace, folder: Path) -> Index:
     except ConfigError as error:
         raise ConfigError(str(error).removeprefix("data.")) from error
     source = open_source(given.source, text_key=given.text_key, subset=given.subset, split=given.split, stream=given.stream)
+    _check_outside(given.source, folder)
     origin = {"source_name": given.source, "tokenizer_name": given.tokenizer, "subset": given.subset, "split": given.split}
     workers = min(given.workers, len(source))
     return prepare(folder, source, tokenizer, settings, origin=origin, workers=workers, report=Reporter(workers), say=_note)
+
+
+def _check_outside(source: str, folder: Path) -> None:
+    """ConfigError if the source would find the shards in a folder: for the next command it would be another source."""
+    made = (folder / INDEX, *(file for split in SPLITS for file in files_of(folder, f"{split}-00000")))
+    if any(would_find(source, file, "source") for file in made):
+        raise ConfigError(f"out: its shards would be part of --source {source}; give a folder outside of it")
 
 
 def _note(line: str) -> None:
