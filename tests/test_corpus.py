@@ -91,6 +91,7 @@ def test_text_key(tmp_path: Path) -> None:
         ("a.jsonl", b'{"body": 1, "id": 2}', "line 1 has no key 'text' (set data.text_key; legal: body, id)"),
         ("a.jsonl", b"[1]", "line 1 is not a JSON object"),
         ("a.jsonl", b'{"text": 1}', "line 1: 'text' is not a string but int"),
+        ("a.jsonl", b'{"text": "x"}\n{"text": null}', "line 2: 'text' is not a string but NoneType"),
         ("a.jsonl", b'{"text": "\\ud800"}', "surrogate"),
         ("a.parquet", b"no parquet", "not a readable Parquet file"),
     ],
