@@ -106,6 +106,8 @@ def _serve(pipe: Connection, function: Callable[[Item], Answer]) -> None:
             return
         try:
             answer: tuple[Exception | None, Any] = None, function(item)
+        except MemoryError:
+            raise  # as if the system had ended this process, which is what comes next: fewer workers mend both
         except Exception as error:  # a worker that ended with it would pass for one that was killed
             answer = _sendable(error), None
         pipe.send(answer)
