@@ -23,9 +23,10 @@ from lightning.fabric.utilities.rank_zero import rank_zero_only
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 
+from lit_modules.data.workers import SIGNALS
+
 PARENT = "LIGHTNING_MIXERS_PARENT"  # the variable that names the process that started others
 PREEMPTED = 143  # 128 + SIGTERM: what a shell reports for a process that SIGTERM ended, so schedulers take it for what it is
-SIGNALS = [getattr(signal, name) for name in ("SIGTERM", "SIGINT", "SIGUSR1") if hasattr(signal, name)]
 
 
 class Stopped(BaseException):  # no error: no `except Exception` is meant for it
@@ -128,24 +129,6 @@ def _when_parent_ends(signum: int) -> None:
     """Asks Linux for a signal at that moment; 0: for none."""
     if sys.platform == "linux":
         ctypes.CDLL(None).prctl(1, signum, 0, 0, 0)  # PR_SET_PDEATHSIG
-
-
-def leave_signals_to_parent(worker: int) -> None:  # noqa: ARG001 (what a DataLoader calls in its workers)
-    """Keeps a worker process alive while its parent finishes a step.
-
-    A terminal's Ctrl-C, `timeout` and schedulers send their signal to all processes of a job. Only what the parent itself sends ends the worker.
-    """
-    if not hasattr(signal, "sigwaitinfo"):  # macOS does not say who has sent a signal
-        signal.signal(signal.SIGINT, signal.SIG_IGN)
-        return
-    signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
-    threading.Thread(target=_await_parent, args=(os.getppid(),), daemon=True).start()
-
-
-def _await_parent(parent: int) -> None:
-    while signal.sigwaitinfo(SIGNALS).si_pid != parent:
-        pass
-    os._exit(0)
 
 
 @final

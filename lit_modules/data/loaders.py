@@ -15,7 +15,7 @@ from torch.utils.data import DataLoader, Sampler
 
 from lit_modules.data.stream import TokenArray
 from lit_modules.data.windows import Batch, Packer, Windows
-from lit_modules.stopping import leave_signals_to_parent
+from lit_modules.data.workers import METHOD, leave_signals_to_parent, starting
 from mixers.errors import ConfigError
 
 STEP_TOKENS = "step_tokens"  # key of the tokens an optimizer step, in the state of the data
@@ -64,15 +64,18 @@ class MicroBatches(Sampler[list[int]]):
 
 def _batches(windows: Windows, packer: Packer, micro_batches: MicroBatches, num_workers: int) -> Iterator[Batch]:
     loader: DataLoader[TokenArray] = DataLoader(
-        windows,
+        windows.to_send() if num_workers else windows,
         batch_sampler=micro_batches,
         collate_fn=packer,
         num_workers=num_workers,
+        multiprocessing_context=METHOD if num_workers else None,
         pin_memory=torch.cuda.is_available(),
         worker_init_fn=leave_signals_to_parent,
     )
     try:
-        yield from loader
+        with starting(num_workers):
+            batches = iter(loader)
+        yield from batches
         return
     except ConfigError as error:  # of shards that are corrupt; one from a worker has its traceback in the message
         line = str(error).strip().splitlines()[-1].removeprefix("mixers.errors.ConfigError: ")

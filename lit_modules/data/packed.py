@@ -16,6 +16,7 @@ from lit_modules.data.stream import TokenArray
 from lit_modules.data.tokenizer import load_tokenizer
 from lit_modules.data.verify import Verified, verify
 from lit_modules.data.windows import Packer, Windows
+from lit_modules.data.workers import start_server
 from mixers.errors import ConfigError
 
 
@@ -114,10 +115,12 @@ class PackedText(LightningDataModule):
 
     def setup(self, stage: str | None = None) -> None:
         """Reads and tokenizes what a stage needs (everything if None), once."""
+        if self.num_workers:
+            start_server()  # it imports while this process reads
         self._splits.read(stage)
 
     def _split(self, name: str) -> Windows:
-        self.setup("test" if name == "test" else "fit")
+        self._splits.read("test" if name == "test" else "fit")
         return self._splits[name if name in self._splits else "validation"]
 
     def sample(self, index: int) -> TokenArray:
@@ -154,7 +157,7 @@ class PackedText(LightningDataModule):
         (UTF-8), windows (those in use) and identity.
         """
         if not self._splits:
-            self.setup()
+            self._splits.read(None)
         about: dict[str, Any] = {"path": self._splits.shown("path"), "identity": self._splits.identity, "tokenizer": self.tokenizer.identity}
         about |= {"vocab_size": self.vocab_size, "seq_len": self.seq_len}
         if self._verified is not None:

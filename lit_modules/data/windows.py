@@ -6,6 +6,7 @@ Legend: B sequences a micro-batch, T tokens a sequence (seq_len), N packed seque
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from copy import copy
 from functools import lru_cache
 from typing import NamedTuple, final
 
@@ -15,8 +16,9 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from kernels.varlen import check_cu_seqlens
-from lit_modules.data.stream import Int64Array, Stream, TokenArray, keyed_hash
+from lit_modules.data.stream import Int64Array, Stream, TokenArray, Tokens, TokenStream, keyed_hash
 from lit_modules.data.tokenizer import Tokenizer
+from lit_modules.data.workers import SharedTokens
 
 IGNORED = -100  # the target that no loss counts (torch's default ignore_index)
 
@@ -76,6 +78,7 @@ class Windows(Dataset[TokenArray]):
         drawn: Callable[[int, int, int, int], int] = look_up,
     ) -> None:
         self.stream = stream
+        self.tokens: Tokens = stream.tokens
         self.seq_len = seq_len
         self.seed = seed
         self.drawn = drawn
@@ -87,12 +90,24 @@ class Windows(Dataset[TokenArray]):
 
     def __getitem__(self, sample: int) -> TokenArray:
         start = self.window_of(sample) * self.seq_len
-        return self.stream.tokens[start : start + self.seq_len + 1]
+        return self.tokens[start : start + self.seq_len + 1]
 
     def window_of(self, sample: int) -> int:
         """The index of the window that sample i holds."""
         epoch, position = divmod(sample, self.count)
         return position if self.seed is None else self.drawn(self.seed, epoch, self.count, position)
+
+    def to_send(self) -> Windows:
+        """The same windows for worker processes, which map the tokens and are sent nothing else of the stream.
+
+        Tokens in memory move to where that can be done, once.
+        """
+        if isinstance(self.stream, TokenStream) and not isinstance(self.tokens, SharedTokens):
+            self.tokens = SharedTokens(self.stream.tokens)
+            self.stream = self.stream._replace(tokens=self.tokens.array)
+        sent = copy(self)
+        del sent.stream
+        return sent
 
 
 @final

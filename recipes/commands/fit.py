@@ -14,6 +14,7 @@ from lightning.fabric.utilities.rank_zero import rank_zero_only
 from lightning.pytorch import Trainer
 from lightning.pytorch.callbacks import Timer
 
+from lit_modules.data.workers import start_server
 from lit_modules.events import FULL
 from lit_modules.loss_curve import short_number
 from lit_modules.parallel import FSDP2, leave
@@ -65,6 +66,8 @@ def _prepare(argv: list[str]) -> Training | None:
     """Everything that one process does alone; None if there is nothing left to train."""
     request, checkpoint = with_checkpoint(collect(argv))
     cli = MixersCLI("fit", request)
+    if cli.config.data.num_workers:
+        start_server()  # it imports meanwhile
     may_change = changeable(cli.config.may_change)
     if may_change and cli.config.ckpt_path is None:
         raise ConfigError("may_change: is of a training that goes on; give --ckpt_path too, or leave it out")
