@@ -286,14 +286,14 @@ def test_weights_alone_are_not_gone_on_from(monkeypatch: pytest.MonkeyPatch, cap
 
 
 def two_processes(here: Path) -> tuple[subprocess.Popen[bytes], int]:
-    """The first, and the number of the second, which has just begun."""
+    """The first, and the number of the second, which has just begun: a moment before, it is a copy of the first one, which waits for it."""
     command = [sys.executable, "-m", "recipes", *COMMAND, "--trainer.devices=2", "--model.max_tokens=10000000"]
     environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[1])}
     with (here / "said").open("w") as said:
         first = subprocess.Popen(command, cwd=here, env=environment, stdout=said, stderr=said)
     for _ in range(1200):
         found = Path(f"/proc/{first.pid}/task/{first.pid}/children").read_text().split()
-        other = next((int(pid) for pid in found if b"recipes" in Path(f"/proc/{pid}/cmdline").read_bytes()), None)
+        other = next((int(pid) for pid in found if b"LOCAL_RANK=1" in Path(f"/proc/{pid}/environ").read_bytes()), None)
         if other is not None:
             return first, other
         assert first.poll() is None, (here / "said").read_text()
