@@ -285,6 +285,13 @@ def test_weights_alone_are_not_gone_on_from(monkeypatch: pytest.MonkeyPatch, cap
     assert errors(capsys)[-1].startswith("stopped by SIGTERM; no training goes on from ")
 
 
+def _environment(pid: str) -> bytes:
+    try:
+        return Path(f"/proc/{pid}/environ").read_bytes()
+    except OSError:  # it has ended
+        return b""
+
+
 def two_processes(here: Path) -> tuple[subprocess.Popen[bytes], int]:
     """The first, and the number of the second, which has just begun: a moment before, it is a copy of the first one, which waits for it."""
     command = [sys.executable, "-m", "recipes", *COMMAND, "--trainer.devices=2", "--model.max_tokens=10000000"]
@@ -293,7 +300,7 @@ def two_processes(here: Path) -> tuple[subprocess.Popen[bytes], int]:
         first = subprocess.Popen(command, cwd=here, env=environment, stdout=said, stderr=said)
     for _ in range(1200):
         found = Path(f"/proc/{first.pid}/task/{first.pid}/children").read_text().split()
-        other = next((int(pid) for pid in found if b"LOCAL_RANK=1" in Path(f"/proc/{pid}/environ").read_bytes()), None)
+        other = next((int(pid) for pid in found if b"LOCAL_RANK=1" in _environment(pid)), None)
         if other is not None:
             return first, other
         assert first.poll() is None, (here / "said").read_text()
