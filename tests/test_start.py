@@ -305,6 +305,7 @@ def two_processes(here: Path) -> tuple[subprocess.Popen[bytes], int]:
             return first, other
         assert first.poll() is None, (here / "said").read_text()
         time.sleep(0.05)
+    first.kill()
     return pytest.fail("no second process")
 
 
