@@ -132,7 +132,8 @@ def positive(**settings: Any) -> None:
     least = torch.finfo(torch.float32).tiny
     for name, value in settings.items():
         if not isinstance(value, (int, float)) or isinstance(value, bool) or not least <= value < math.inf:
-            raise ConfigError(f"{name}: must be a finite number above 0 (in float32, so at least {least:.1e}), got {value!r}")
+            small = ", which is too small for float32" if isinstance(value, float) and 0 < value < least else ""
+            raise ConfigError(f"{name}: must be a finite number above 0, got {value!r}{small}")
 
 
 def multiple_of(name: str, value: int, base_name: str, base: int) -> None:
