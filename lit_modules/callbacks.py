@@ -212,7 +212,7 @@ class RunSummary(Callback):
             return
         try:
             Path(folder).mkdir(parents=True, exist_ok=True)
-            draw_curve(self.state_dict(), Path(folder))
+            self.draw(Path(folder))
             if sample is not None:
                 Path(folder, "sample.txt").write_text(sample, encoding="utf-8")
         except OSError as error:  # Checkpoints are saved behind this: a full disk must not keep them from it.
@@ -230,6 +230,10 @@ class RunSummary(Callback):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         self.curve.load_state_dict(state_dict)
         self._tokens = state_dict.get("tokens", 0.0)  # where the next validation stands, if it comes before a step
+
+    def draw(self, folder: Path) -> None:
+        """Writes the loss curve of a run into its folder."""
+        self.curve.draw(folder / CURVE, title="/".join(folder.parts[-2:]))
 
     def _sample(self, trainer: Trainer, pl_module: LightningModule) -> str | None:
         """A text that the model goes on from the prompt; None if none is asked for or there is no tokenizer, or if it fails (reported)."""
@@ -253,13 +257,6 @@ class RunSummary(Callback):
         generator = torch.Generator(device).manual_seed(self.seed)
         prompt_T = torch.tensor(prompt, device=device)
         return list(lm.generate(prompt_T, self.max_new_tokens, sampling=self.sampling, stop=stop, generator=generator))
-
-
-def draw_curve(state: dict[str, Any], folder: Path) -> None:
-    """The loss curve of a run, from the state of its `RunSummary`."""
-    curve = LossCurve()
-    curve.load_state_dict(state)
-    curve.draw(folder / CURVE, title="/".join(folder.parts[-2:]))
 
 
 def _validation_line(curve: LossCurve) -> str:

@@ -206,7 +206,8 @@ class Checkpoint(ModelCheckpoint):
         if not trainer.is_global_zero:
             return
         same = self._last_checkpoint_saved and self._last_global_step_saved == trainer.global_step
-        print(f"checkpoint: {what}; {f'{self._last_checkpoint_saved} is of the same step' if same else self._good}", flush=True)
+        good = f"{self._last_checkpoint_saved} is of the same step" if same else self._good
+        print(f"checkpoint: {what}; {good}", flush=True)
         file = Path(path).parents[1] / AUTOPSY
         if file.is_file():
             last = None if same else self._last_checkpoint_saved or trainer.ckpt_path

@@ -58,14 +58,20 @@ def at_once() -> Iterator[None]:
             stopping = True
             raise Stopped(signum, alone=True)
 
-    listening = {}
-    if threading.current_thread() is threading.main_thread():
-        listening = {signum: signal.signal(signum, stop) for signum in SIGNALS if signum != signal.SIGINT}
+    with _listening(stop):
+        yield
+
+
+@contextmanager
+def _listening(handler: Callable[[int, FrameType | None], None]) -> Iterator[None]:
+    """Has SIGTERM and SIGUSR1 call a handler, where that can be: in the main thread. At the end what listened before listens again."""
+    here = threading.current_thread() is threading.main_thread()
+    before = {signum: signal.signal(signum, handler) for signum in SIGNALS if here and signum != signal.SIGINT}
     try:
         yield
     finally:
-        for signum, handler in listening.items():
-            signal.signal(signum, handler)
+        for signum, former in before.items():
+            signal.signal(signum, former)
 
 
 @contextmanager
@@ -91,12 +97,10 @@ def from_a_thread(end: Callable[[Stopped], int]) -> Iterator[None]:
     thread = threading.Thread(target=watch, daemon=True)
     thread.start()
     before = signal.set_wakeup_fd(tells.fileno(), warn_on_full_buffer=False)
-    listening = {signum: signal.signal(signum, note) for signum in SIGNALS if signum != signal.SIGINT}
     try:
-        yield
+        with _listening(note):
+            yield
     finally:
-        for signum, handler in listening.items():
-            signal.signal(signum, handler)
         signal.set_wakeup_fd(before)
         tells.shutdown(socket.SHUT_RDWR)  # a worker process may still hold a copy, which closing this one leaves open
         thread.join()

@@ -14,7 +14,7 @@ from typing import Any
 from lightning.fabric.utilities.rank_zero import rank_zero_only
 
 from lit_modules.autopsy import FILE as AUTOPSY
-from lit_modules.callbacks import CURVE, RunSummary, draw_curve
+from lit_modules.callbacks import CURVE, RunSummary
 from lit_modules.checkpoint import check_same_model, check_tensors, read_checkpoint, read_header
 from lit_modules.data import PackedText
 from lit_modules.data.loaders import SHARED, STEP_TOKENS, changes, saved_settings
@@ -176,11 +176,11 @@ def _finish(path: Path, content: dict[str, Any]) -> str:
         return ""
     with suppress(OSError, KeyError):  # a plain `Trainer` may have had no summary
         if not (run / CURVE).exists():
-            draw_curve(content["callbacks"][RunSummary.__qualname__], run)
-    commands = [
-        f"{what} python -m recipes {command} --ckpt_path {path}" for what, command in (("the validation set", "validate"), ("a sample", "generate"))
-    ]
-    return f"; its run did not get to its end (it is {state}): for the loss on {commands[0]}, for {commands[1]}"
+            summary = RunSummary()
+            summary.load_state_dict(content["callbacks"][summary.state_key])
+            summary.draw(run)
+    validate, generate = (f"python -m recipes {command} --ckpt_path {path}" for command in ("validate", "generate"))
+    return f"; its run did not get to its end (it is {state}): for the loss on the validation set {validate}, for a sample {generate}"
 
 
 def check_resumable(path: Path, plan: Plan) -> None:
