@@ -45,9 +45,9 @@ def state_gradients(problem: Problem, kept: dict[str, Tensor], do: Tensor, dfina
     """(4.1) and (4.3), serially from the last chunk: dR, the gradients of the states behind the chunks, the gradient of the initial state."""
     dR, dS = torch.empty_like(kept["R"]), torch.empty_like(kept["S"])
     dinitial = dfinal.new_empty(dfinal.shape)  # in the order of its axes, whatever the order of dfinal's
-    programs, hopper, options = problem.serial_options("dstate")
+    programs, tile, options = problem.serial_options("dstate")
     names = ["HV", "K", "V", "C", "G", "B", "PACKED"]
-    if hopper:
+    if tile == "dstate_hopper":
         from kernels.delta._gluon.dstate import dstate_kernel
     else:
         from kernels.delta._triton.dstate import dstate_kernel

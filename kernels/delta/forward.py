@@ -48,23 +48,27 @@ class Problem(NamedTuple):
         tile = self.tile(kernel)
         return tile.options() | {name: min(size, self.settings[name[1]]) for name, size in tile.blocks.items()}
 
-    def serial_options(self, kernel: str) -> tuple[int, bool, dict[str, int]]:
-        """A pass over chunks, one program a sequence, head and block of value columns: how many, whether it is of `_gluon`, its options."""
+    def serial_options(self, kernel: str) -> tuple[int, str, dict[str, int]]:
+        """A pass over chunks, one program a sequence, head and block of value columns: how many, the name of its tile, which tells whether it is of
+        `_gluon`, its options."""
         k_dim, v_dim = self.sizes
         columns = self.sequences * self.v_heads * v_dim
         packed = self.settings["PACKED"]  # one tile for any number of documents: a new one compiles nothing
-        hopper = self.hopper and k_dim in (64, 128)
-        if hopper:
-            options = self.options(kernel + "_hopper")
+        if self.hopper and k_dim in (64, 128):
+            many = packed or columns >= FEW_PROGRAMS * MOST_COLUMNS
+            transposed = kernel == "state" and many and v_dim % MOST_COLUMNS == 0
+            name = f"{kernel}_transposed_hopper" if transposed else f"{kernel}_hopper"
+            options = self.options(name)
             options["STAGES"] = options["num_stages"]
-            if not packed:
-                options["BV"] = max(options["BV"], 1 << (-(-columns // AT_ONCE) - 1).bit_length())
-            hopper = options["BV"] <= MOST_COLUMNS and v_dim % options["BV"] == 0
-        if not hopper:
-            options = self.options(kernel)
-            if packed or columns // options["BV"] < FEW_PROGRAMS:
-                options = self.options(kernel + "_narrow")
-        return columns // options["BV"], hopper, options
+            if not transposed:
+                at_once = 1 << (-(-columns // AT_ONCE) - 1).bit_length()
+                options["BV"] = min(MOST_COLUMNS, v_dim) if packed else max(options["BV"], at_once)
+            if options["BV"] <= MOST_COLUMNS and v_dim % options["BV"] == 0:
+                return columns // options["BV"], name, options
+        name, options = kernel, self.options(kernel)
+        if packed or columns // options["BV"] < FEW_PROGRAMS:
+            name, options = kernel + "_narrow", self.options(kernel + "_narrow")
+        return columns // options["BV"], name, options
 
     def new_sums(self) -> tuple[Tensor, Tensor]:
         """Room for G of every token [M, HV, K], in two parts where it is exact (`running_sums`); not read without a decay per channel."""
@@ -212,13 +216,12 @@ def inter(problem: Problem, chunks: dict[str, Tensor], scale: float, state: Tens
     o = v.new_empty(shape)
     states = v.new_empty(problem.n_chunks, problem.v_heads, k_dim, v_dim) if save else v
     final = v.new_empty(problem.sequences, problem.v_heads, k_dim, v_dim, dtype=torch.float32)
-    programs, hopper, options = problem.serial_options("state")
+    programs, tile, options = problem.serial_options("state")
     names = ["HV", "K", "V", "C", "G", "B", "PACKED"]
-    if hopper:
+    if tile == "state_transposed_hopper":
+        from kernels.delta._gluon.state_transposed import state_kernel
+    elif tile == "state_hopper":
         from kernels.delta._gluon.state import state_kernel
-
-        if options["BV"] > 32:
-            options["STAGES"] = 2  # two states leave no room for a third buffer
     else:
         from kernels.delta._triton.state import state_kernel
 

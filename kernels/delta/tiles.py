@@ -7,8 +7,8 @@ from kernels.tiles import Key, Tile, TileTable
 
 # A serial pass takes its narrow tile where the wide one would leave most multiprocessors without a program.
 FEW_PROGRAMS = 64
-# Programs of `_hopper` take a multiprocessor each, of which an H100 has so many: a program has as many more columns than in the table as make all run
-# at once, up to MOST_COLUMNS.
+# Serial passes of `_hopper` take a multiprocessor a program, of which an H100 has so many: a program has as many more columns than in the table as
+# make all run at once, up to MOST_COLUMNS. The transposed one has MOST_COLUMNS, and takes what makes FEW_PROGRAMS of them and packed documents.
 AT_ONCE, MOST_COLUMNS = 132, 64
 
 # On Hopper ptxas 12.8 and 13.0 lose uniform registers that hold where in shared memory the operands of a product lie (docs/log.md): with 16-bit
@@ -29,6 +29,7 @@ _SAFE = {
     "dscores": Tile(8, 1, {"BK": 32, "BV": 32}),
     "dscores_hopper": Tile(8, 1, {"BK": 64, "BV": 64}),
     "state_hopper": Tile(4, 3, {"BV": 32}),
+    "state_transposed_hopper": Tile(4, 3, {"BV": 64}),
     "dstate_hopper": Tile(4, 3, {"BV": 32}),
 }
 _H100_HALF = Key("sm_90", 2, 128)
@@ -37,10 +38,10 @@ _TUNED = {
     "scan": {_H100_HALF_64: Tile(4, 3, {"BV": 64})},
     "dscan": {_H100_HALF_64: Tile(4, 2, {"BV": 64})},
     "solve": {_H100_HALF: Tile(4, 1, {"BK": 64, "BV": 128})},
-    "state": {_H100_HALF: Tile(8, 2, {"BV": 128})},
     "state_hopper": {_H100_HALF: Tile(4, 3, {"BV": 16})},
+    "state_transposed_hopper": {_H100_HALF: Tile(4, 3, {"BV": 64})},
     "dstate": {_H100_HALF: Tile(8, 2, {"BV": 128})},
-    "dstate_hopper": {_H100_HALF: Tile(4, 3, {"BV": 32})},
+    "dstate_hopper": {_H100_HALF: Tile(4, 3, {"BV": 16})},
     "dvalues": {_H100_HALF: Tile(4, 1, {"BV": 128})},
     "dscores_hopper": {_H100_HALF: Tile(8, 1, {"BK": 64, "BV": 128})},
 }

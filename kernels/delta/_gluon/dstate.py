@@ -83,11 +83,11 @@ def dstate_kernel(
             )  # fmt: skip
         async_copy.commit_group()
         gl.store(dS_all + at * K * V + offsets(K, BV, V, COPY), dS_s.load(COPY))
-        dR_c, dS_q = warpgroup_mma_wait(0, deps=(dR_c, dS_q))
-        dS += scale * dS_q
-        dR_d = dR_c.to(dtype)
-        dR_s.store(-dR_d)  # of which dS gets Y^T (-dR): a product only adds
+        dR_c = warpgroup_mma_wait(1, deps=(dR_c,))
+        dR_s.store((-dR_c).to(dtype))  # of which dS gets Y^T (-dR): a product only adds
         fence_async_shared()
+        dS_q = warpgroup_mma_wait(0, deps=(dS_q,))
+        dS += scale * dS_q
         barrier()
         if B:
             dS = warpgroup_mma(Y_s.index(i).permute((1, 0)), dR_s, dS, is_async=True)

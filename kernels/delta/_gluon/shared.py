@@ -127,6 +127,12 @@ def shared_row(BK: gl.constexpr, dtype: gl.constexpr = gl.float32):
 
 
 @gluon.jit
+def shared_rows(BK: gl.constexpr, N: gl.constexpr):
+    """N times room for BK numbers of float32."""
+    return gl.allocate_shared_memory(gl.float32, [N, BK], gl.SwizzledSharedLayout(1, 1, 1, [0]))
+
+
+@gluon.jit
 def shared_sums(C: gl.constexpr, BK: gl.constexpr):
     """Room for float32 [C, BK] whose rows can be read alone. With 64 channels it is free of bank conflicts by rows and by tiles of 8 rows alike."""
     if BK == 64:
