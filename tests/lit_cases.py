@@ -93,7 +93,7 @@ def largest_error(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> flo
     return max(float((a[name] - b[name]).abs().max()) for name in a) / scale
 
 
-@pytest.fixture(autouse=True)
+@pytest.fixture(autouse=True, scope="module")
 def one_thread():
     """More only wait for each other in a model this small."""
     before = torch.get_num_threads()
