@@ -102,8 +102,9 @@ class Mamba3(SequenceMixer[Mamba3State]):
         divides("num_groups", num_groups, self.num_heads, f"the {self.num_heads} heads (expand * d_model / head_dim)")
         if d_state % 2:
             raise ConfigError(f"d_state: must be even (channels are rotated in pairs), got {d_state}")
-        self.mimo_rank, self.rope_fraction, self.num_angles = mimo_rank, rope_fraction, int(d_state * rope_fraction) // 2
-        if not (0 < rope_fraction <= 1 and self.num_angles):
+        self.mimo_rank, self.rope_fraction = mimo_rank, rope_fraction
+        self.num_angles = int(d_state * rope_fraction) // 2 if 0 < rope_fraction <= 1 else 0
+        if not self.num_angles:
             raise ConfigError(f"rope_fraction: must be in [{2 / d_state:g}, 1] (one pair of {d_state} channels at least), got {rope_fraction}")
         positive(norm_eps=norm_eps, dt_min=dt_min, dt_max=dt_max, dt_floor=dt_floor, a_floor=a_floor)
         if dt_min > dt_max:

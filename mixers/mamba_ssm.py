@@ -29,6 +29,7 @@ INSTALL = (  # nothing is compiled: no nvcc is needed
 )
 SSD_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 SISO_DTYPES = (torch.bfloat16,)  # its kernels round whatever they get to bfloat16
+AUTO_DTYPES = (torch.bfloat16,)  # of the rows that a mixer's `AUTO` comes from
 SSD_CHUNK, SISO_CHUNK = 256, 64  # the defaults of mamba_ssm's layers
 MOST_SEQUENCES = 65_535  # of a grid's second and third axis
 
@@ -44,10 +45,15 @@ class Choice(NamedTuple):
     def resolve(self, device: torch.device, dtype: torch.dtype, sequences: int = 1) -> Resolved:
         """What computes the recurrence for tensors on `device` that the input projection gave in `dtype`.
 
+        "auto" gives up nothing for speed: mamba_ssm's float32 is tf32, its gradients differ from run to run and compilers leave it alone. It is taken
+        in the dtype that was measured, where nobody asked for the same bits and nothing compiles.
+
         Raises:
             ConfigError: mamba_ssm was asked for by name and cannot run there.
         """
         if self.requested == "delta" or (self.requested == "auto" and self.auto == "delta"):
+            return "delta"
+        if self.requested == "auto" and (dtype not in AUTO_DTYPES or torch.are_deterministic_algorithms_enabled() or torch.compiler.is_compiling()):
             return "delta"
         why = self.refusal
         if device.type != "cuda":

@@ -266,6 +266,8 @@ def test_state_dicts_that_do_not_fit() -> None:
     [
         ({"mimo_rank": 0}, "mimo_rank: must be an integer >= 1, got 0"),
         ({"rope_fraction": 0.0}, r"rope_fraction: must be in \[0.25, 1\] \(one pair of 8 channels at least\), got 0.0"),
+        ({"rope_fraction": float("nan")}, r"rope_fraction: must be in .*, got nan"),
+        ({"rope_fraction": float("inf")}, r"rope_fraction: must be in .*, got inf"),
         ({"rope_fraction": 1.5}, r"rope_fraction: must be in \[0.25, 1\] \(one pair of 8 channels at least\), got 1.5"),
         ({"rope_fraction": 0.2}, r"rope_fraction: must be in \[0.25, 1\] \(one pair of 8 channels at least\), got 0.2"),
         ({"head_dim": 3}, r"head_dim: 3 does not divide expand \* d_model = 16 channels \(legal: 1, 2, 4, 8, 16\)"),

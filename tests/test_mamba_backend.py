@@ -155,7 +155,15 @@ def test_auto_is_delta_where_the_package_cannot_run(monkeypatch: pytest.MonkeyPa
     small, large, larger = (mamba_ssm.choose("auto", table, d_state, None, dtypes) for d_state in (64, 65, 129))
     assert [c.resolve(CUDA, torch.bfloat16) for c in (small, large, larger)] == ["delta", "mamba_ssm", "delta"]
     assert large.resolve(CPU, torch.bfloat16) == large.resolve(CUDA, torch.float32) == large.resolve(CUDA, torch.bfloat16, 70_000) == "delta"
+    assert mamba_ssm.choose("auto", table, 128, None, mamba_ssm.SSD_DTYPES).resolve(CUDA, torch.float32) == "delta"  # nobody asked for tf32
     assert mamba_ssm.choose("auto", table, 128, "MIMO", dtypes).resolve(CUDA, torch.bfloat16) == "delta"
+    with monkeypatch.context() as patch:  # nobody asked for other bits in every run
+        patch.setattr(torch, "are_deterministic_algorithms_enabled", lambda: True)
+        assert large.resolve(CUDA, torch.bfloat16) == "delta"
+        assert mamba_ssm.Choice("mamba_ssm", "mamba_ssm", None, dtypes).resolve(CUDA, torch.bfloat16) == "mamba_ssm"
+    with monkeypatch.context() as patch:  # or for a break in a graph
+        patch.setattr(torch.compiler, "is_compiling", lambda: True)
+        assert large.resolve(CUDA, torch.bfloat16) == "delta"
     monkeypatch.setattr(mamba_ssm, "missing", lambda: "absent")
     assert mamba_ssm.choose("auto", table, 128, None, dtypes).resolve(CUDA, torch.bfloat16) == "delta"
     assert mamba_ssm.choose("delta", table, 128, None, dtypes).resolve(CUDA, torch.bfloat16) == "delta"

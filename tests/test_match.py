@@ -113,7 +113,10 @@ def test_a_config_without_a_width_and_heads_that_do_not_fit_the_papers_width(her
     [
         (["--config=small.yaml"], "to: must be set"),
         (["--config=small.yaml", "--to"], "to: expected one argument"),
-        (["--config=small.yaml", "--to=many"], "to: must be a number of parameters such as 1.3e9, got 'many'"),
+        (["--config=small.yaml", "--to=many"], "to: must be a number of parameters such as 1.3e9 (at most 1e+14), got 'many'"),
+        (["--config=small.yaml", "--to=1e999999999"], "to: must be a number"),
+        (["--config=small.yaml", "--to=1e9", f"--model.lm.mlp_width={10**20}"], "model.lm: a size is too large for any tensor: "),
+        (["--config=small.yaml", "--to=1e9", f"--model.lm.mlp_width={10**15}"], "model.lm: must have at most 1e+14 parameters, got "),
         (["--config=small.yaml", "--to=-1e9"], "to: must be a number"),
         (["--config=small.yaml", "--to=0"], "to: must be a number"),
         (["--config=small.yaml", "--to=1.5"], "to: must be a number"),

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import logging
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from functools import cache
 from typing import Any
 
@@ -21,6 +21,8 @@ from triton import knobs
 
 from kernels import tiles
 from kernels.tiles import ARCHITECTURES, SHARED_MEMORY, Key, Tile, TileTable
+from recipes.commands import problems
+from recipes.commands.problems import Shape
 
 pytestmark = pytest.mark.skipif(bool(knobs.runtime.interpret), reason="Triton was loaded as an interpreter")
 CPU = torch.device("cpu")
@@ -240,3 +242,30 @@ def test_every_row_and_every_safe_tile_is_launched(architecture: str, picked_and
     assert not rows - picked
     here = {(table.op, kernel) for table in tables for kernel in table.safe if architecture == "sm_90" or not kernel.endswith("_hopper")}
     assert here == {(op, kernel) for op, kernel, _ in picked}
+
+
+# --- what a training launches is tried before ---
+
+DELTAS = ("gdn2", "kda", "gdn", "deltanet", "gla")
+TRAININGS = [*((mixer, (16, 128, 128, 1)) for mixer in DELTAS), ("mamba2", (1, 64, 64, 72)), ("mamba2", (1, 128, 64, 72))]  # heads, K, V, groups
+CHANGED = ("K", "V", "G", "B", "W", "PACKED", "BV", "BK")
+
+
+def instances(found: Iterable[offline.Compilation]) -> set[tuple[Any, ...]]:
+    """Kernels, and the settings that change what they do."""
+    named = [(one.kernel.__module__, {one.kernel.arg_names[path[0]]: value for path, value in one.constants.items()}) for one in found]
+    return {(module, *(constants.get(name) for name in CHANGED)) for module, constants in named}
+
+
+@pytest.mark.parametrize("architecture", ["sm_90", "sm_80"])
+@pytest.mark.parametrize(("mixer", "sizes"), TRAININGS)
+def test_doctor_tries_every_kernel_that_a_training_launches(architecture: str, mixer: str, sizes: tuple[int, ...]) -> None:
+    """Packed documents and 1 to 32 sequences, in bfloat16, by the trials of that mixer alone, which are what `fit` runs."""
+    heads, k_dim, v_dim, groups = sizes
+    trials = [trial for trial in offline.trials() if trial.check.op == "delta_rule" and trial.check.mixer == mixer and trial.dtype == torch.bfloat16]
+    tried = instances(offline.record(architecture, trials).values())
+    with offline.launches(architecture) as launched:
+        for batch, packed in ((1, True), (1, False), (2, False), (4, False), (8, False), (32, False)):
+            shape = Shape(batch, 70, heads, k_dim, v_dim, groups)
+            offline.launch(problems.delta_rule(mixer, shape, problems.Draw(), packed=packed), torch.bfloat16)
+    assert not instances(launched.values()) - tried

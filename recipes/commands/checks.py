@@ -20,6 +20,7 @@ TOLERANCE = {torch.float32: 3e-5, torch.float16: 5e-3, torch.bfloat16: 4e-2}
 HEAD_SIZES = (32, 64, 128, 256)
 FULL_SIZES = (128,)
 LONG = 4096  # tokens of the one long sequence
+MANY = ("gdn2", "kda", "gdn", "deltanet", "gla")  # whose serial passes are launches of their own
 
 
 class Check(NamedTuple):
@@ -75,15 +76,15 @@ def _long(n: int) -> Problem:
     return problems.delta_rule("gdn2", Shape(1, LONG, 1, n, n), Draw(seed=2))
 
 
-def _unequal(n: int, *, mixer: str) -> Problem:
-    """K != V, each half of the other's once: kernels of their own."""
+def _unequal(n: int, *, mixer: str, packed: bool = False) -> Problem:
+    """K != V, each half of the other's: kernels of their own."""
     k_dim, v_dim = (n // 2, n) if mixer == "gla" else (n, n // 2)
-    return problems.delta_rule(mixer, Shape(2, 130, 2, k_dim, v_dim, 2), Draw(seed=5), extreme=True, state=True)
+    return problems.delta_rule(mixer, Shape(2, 130, 2, k_dim, v_dim, 2), Draw(seed=5), extreme=True, packed=packed, state=True)
 
 
-def _many(n: int, *, batch: int) -> Problem:
+def _many(n: int, *, mixer: str, batch: int) -> Problem:
     """The tiles of the serial passes depend on how many sequences there are."""
-    return problems.delta_rule("gdn2", Shape(batch, 70, 4, n, n), Draw(seed=4))
+    return problems.delta_rule(mixer, Shape(batch, 70, 4, n, n), Draw(seed=4))
 
 
 def _step(n: int, *, batch: int) -> Problem:
@@ -112,16 +113,17 @@ def _gates(n: int, *, mixer: str) -> Problem:
 
 def _table() -> Iterator[Check]:
     for mixer in problems.WIDTHS:
-        yield Check(
-            f"{mixer}, extreme gates", "delta_rule", partial(_delta, mixer=mixer), HEAD_SIZES if mixer in ("gdn2", "mamba2") else FULL_SIZES, mixer
-        )
-    for mixer in ("gdn2", "mamba2"):
-        yield Check(f"{mixer}, packed, grouped heads", "delta_rule", partial(_packed, mixer=mixer), (64, 128), mixer)
+        most = mixer in ("gdn2", "mamba2")
+        yield Check(f"{mixer}, extreme gates", "delta_rule", partial(_delta, mixer=mixer), HEAD_SIZES if most else FULL_SIZES, mixer)
+        yield Check(f"{mixer}, packed, grouped heads", "delta_rule", partial(_packed, mixer=mixer), (64, 128) if most else FULL_SIZES, mixer)
     yield Check("gdn2, one long sequence", "delta_rule", _long, mixer="gdn2")
-    for mixer in ("gdn2", "gla"):
+    for mixer in ("gdn2", "gla", "mamba2"):
         yield Check(f"{mixer}, K and V unequal", "delta_rule", partial(_unequal, mixer=mixer), (64, 128), mixer)
-    for batch in (8, 16, 32, 40):
-        yield Check(f"gdn2, {batch} sequences", "delta_rule", partial(_many, batch=batch), (64, 128), "gdn2")
+    yield Check("mamba2, K and V unequal, packed", "delta_rule", partial(_unequal, mixer="mamba2", packed=True), (64, 128), "mamba2")
+    for mixer in MANY:
+        batches, sizes = ((8, 16, 32, 40), (64, 128)) if mixer == "gdn2" else ((8, 16, 32), FULL_SIZES)
+        for batch in batches:
+            yield Check(f"{mixer}, {batch} sequences", "delta_rule", partial(_many, mixer=mixer, batch=batch), sizes, mixer)
     yield Check("gdn2, one token", "delta_rule_step", lambda n: problems.delta_rule_step("gdn2", _small(n), Draw(), extreme=True), HEAD_SIZES)
     for batch in (8, 72):  # of 16 heads: the kernel's blocks depend on how many states there are
         yield Check(f"gdn2, one token of {batch} sequences", "delta_rule_step", partial(_step, batch=batch))

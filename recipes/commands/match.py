@@ -17,7 +17,7 @@ from recipes.commands import sizes
 from recipes.commands.arguments import Arguments
 from recipes.commands.cli import MixersCLI
 from recipes.commands.config_files import collect, dig, merge
-from recipes.commands.plan import make_plan
+from recipes.commands.plan import MOST_PARAMETERS, make_plan
 
 MULTIPLE = 64  # of the width: what matrix kernels like
 TOLERANCE = 0.005
@@ -152,8 +152,8 @@ def _target(text: str) -> int:
         number = Decimal(text.replace("_", ""))
     except InvalidOperation:
         number = Decimal(0)
-    if not number.is_finite() or number < 1 or number != number.to_integral_value():
-        raise ConfigError(f"to: must be a number of parameters such as 1.3e9, got {text!r}")
+    if not number.is_finite() or not 1 <= number <= MOST_PARAMETERS or number != number.to_integral_value():
+        raise ConfigError(f"to: must be a number of parameters such as 1.3e9 (at most {MOST_PARAMETERS:.0e}), got {text!r}")
     return int(number)
 
 

@@ -24,6 +24,7 @@ METRICS = (
     *("tokens_per_second", "flops_per_token", "tflops_per_second", "mfu", "peak_memory_gib", "data_wait"),
     *("epoch", "step"),  # Lightning's
 )
+MOST_PARAMETERS = 10**14  # beyond any machine, and below where torch's own arithmetic about sizes overflows
 
 
 class Plan(NamedTuple):
@@ -62,9 +63,16 @@ def build_model(**settings: Any) -> DecoderLM:
     """The model on the meta device; ConfigError with the full key of a setting that cannot be used."""
     try:
         with torch.device("meta"):
-            return DecoderLM(**settings)
+            lm = DecoderLM(**settings)
     except ConfigError as error:
         raise ConfigError(f"model.lm.{readable(str(error))}") from error
+    except (OverflowError, RuntimeError, TypeError) as error:  # torch's, of a tensor whose size is no 64-bit number
+        if "overflow" not in str(error).lower():
+            raise
+        raise ConfigError(f"model.lm: a size is too large for any tensor: {str(error).splitlines()[0]}") from error
+    if (parameters := sum(p.numel() for p in lm.parameters())) > MOST_PARAMETERS:
+        raise ConfigError(f"model.lm: must have at most {MOST_PARAMETERS:.0e} parameters, got {parameters:,}: a size in it is not what you meant")
+    return lm
 
 
 def make_plan(config: Namespace, *, needs_tokenizer: bool) -> Plan:

@@ -232,10 +232,17 @@ def _tuned_variants() -> list[Variant]:
         many = [gdn2(batch=batch, heads=16, decay="mixed", tokens=70) for batch in (4, 8)]
         packed = [gdn2(layout="packed", documents=lengths, tokens=sum(lengths), groups=2) for lengths in DOCUMENTS.values()]
         found.append(Variant("gdn2-tuned", dtype, [*few, *many, *packed]))
-        found += [Variant(f"{model}-tuned", dtype, [case_of(model, 128, 128, decay=d) for d in ("mixed", "slow")]) for model in ("kda", "gdn")]
-    return found + [
-        Variant(f"gdn2-{k}-{v}", torch.bfloat16, [case_of("gdn2", k, v, decay=d) for d in ("mixed", "slow")]) for k, v in ((64, 96), (128, 256))
-    ]
+        for model in ("kda", "gdn", "deltanet", "gla"):
+            tuned = partial(case_of, model, 128, 128)
+            cases = [tuned(decay=decay) for decay in ("mixed", "slow")]
+            cases += [tuned(batch=batch, heads=16, decay="slow", tokens=70) for batch in (4, 8)]
+            cases += [tuned(layout="packed", documents=DOCUMENTS["around a chunk"], tokens=259, groups=2, decay="slow")]
+            found.append(Variant(f"{model}-tuned", dtype, cases))
+    for k_dim, v_dim in ((64, 96), (128, 64), (128, 256)):
+        other = partial(case_of, "gdn2", k_dim, v_dim)
+        cases = [*(other(decay=decay) for decay in ("mixed", "slow")), other(batch=8, heads=8, decay="slow", tokens=130)]
+        found.append(Variant(f"gdn2-{k_dim}-{v_dim}", torch.bfloat16, cases))
+    return found
 
 
 def _small_variants() -> list[Variant]:
