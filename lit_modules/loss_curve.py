@@ -84,7 +84,12 @@ class LossCurve:
         axes.spines[["top", "right"]].set_visible(False)
         if self.train or self.validation:
             axes.legend(frameon=False, loc="upper right")
-        figure.savefig(path)
+        partial = path.with_name(f".{path.name}.part")  # the disk may fill up meanwhile
+        try:
+            figure.savefig(partial, format="png")
+            partial.replace(path)
+        finally:
+            partial.unlink(missing_ok=True)
 
     def _limits(self) -> tuple[float, float] | None:
         points = self.train + self.validation

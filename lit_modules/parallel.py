@@ -80,6 +80,11 @@ GONE = ("Connection closed by peer", "Connection reset by peer", "Broken pipe", 
 def lost_process(error: RuntimeError) -> str | None:
     """One line for an error that means that another process of the training has ended; None for another error."""
     text = " ".join(str(error).split())
+    if text.startswith("DataLoader "):  # its worker exited unexpectedly, or it timed out
+        return (
+            f"data.num_workers: {text}: a worker process was killed, as the system does where memory is short, or found no room in /dev/shm; "
+            "--ckpt_path last goes on from the last checkpoint"
+        )
     told = next((words for words in GONE if words.lower() in text.lower()), None)
     if told is None or not (isinstance(error, torch.distributed.DistError) or "gloo" in text):
         return None

@@ -12,7 +12,8 @@ import socket
 import subprocess
 import sys
 import threading
-from collections.abc import Callable, Iterator
+import time
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from types import FrameType
 from typing import Any, final
@@ -27,6 +28,8 @@ from lit_modules.data.workers import SIGNALS
 
 PARENT = "LIGHTNING_MIXERS_PARENT"  # the variable that names the process that started others
 PREEMPTED = 143  # 128 + SIGTERM: what a shell reports for a process that SIGTERM ended, so schedulers take it for what it is
+INTERRUPTED = 130  # 128 + SIGINT
+ENDING = [signum for signum in SIGNALS if signum != signal.SIGINT]  # Ctrl-C is Python's
 
 
 class Stopped(BaseException):  # no error: no `except Exception` is meant for it
@@ -63,10 +66,10 @@ def at_once() -> Iterator[None]:
 
 
 @contextmanager
-def _listening(handler: Callable[[int, FrameType | None], None]) -> Iterator[None]:
-    """Has SIGTERM and SIGUSR1 call a handler, where that can be: in the main thread. At the end what listened before listens again."""
+def _listening(handler: Callable[[int, FrameType | None], None], signals: Iterable[int] = ENDING) -> Iterator[None]:
+    """Has signals call a handler, where that can be: in the main thread. At the end what listened before listens again."""
     here = threading.current_thread() is threading.main_thread()
-    before = {signum: signal.signal(signum, handler) for signum in SIGNALS if here and signum != signal.SIGINT}
+    before = {signum: signal.signal(signum, handler) for signum in signals if here}
     try:
         yield
     finally:
@@ -76,8 +79,8 @@ def _listening(handler: Callable[[int, FrameType | None], None]) -> Iterator[Non
 
 @contextmanager
 def from_a_thread(end: Callable[[Stopped], int]) -> Iterator[None]:
-    """As `at_once`, of several processes: until one of them has all others, it waits where Python calls no handler. So a thread, which the system
-    tells of a signal all the same, ends the process without unwinding it: with the exit code that `end` returns.
+    """As `at_once`, of several processes, and for Ctrl-C too: until one of them has all others, it waits where Python calls no handler. So a thread,
+    which the system tells of a signal all the same, ends the process without unwinding it: with the exit code that `end` returns.
     """
 
     def note(signum: int, frame: FrameType | None) -> None:
@@ -92,13 +95,17 @@ def from_a_thread(end: Callable[[Stopped], int]) -> Iterator[None]:
     def watch() -> None:
         while told := hears.recv(1):
             if signal.getsignal(told[0]) is note:
-                os._exit(end(Stopped(told[0], alone=True)))
+                try:
+                    code = end(Stopped(told[0], alone=True))
+                except KeyboardInterrupt:
+                    code = INTERRUPTED
+                os._exit(code)
 
     thread = threading.Thread(target=watch, daemon=True)
     thread.start()
     before = signal.set_wakeup_fd(tells.fileno(), warn_on_full_buffer=False)
     try:
-        with _listening(note):
+        with _listening(note, SIGNALS):
             yield
     finally:
         signal.set_wakeup_fd(before)
@@ -218,6 +225,8 @@ def exit_code(trainer: Trainer | None, stop: Stopped) -> int:
         KeyboardInterrupt: the signal was Ctrl-C's.
     """
     if rank_zero_only.rank:  # type: ignore[attr-defined]
+        if stop.alone:
+            _tell_first(stop.signum)
         return PREEMPTED if stop.alone else 0
     if trainer is None:
         print(f"stopped by {stop} before training began: nothing was written, the same command line begins again", file=sys.stderr, flush=True)
@@ -229,6 +238,15 @@ def exit_code(trainer: Trainer | None, stop: Stopped) -> int:
     if isinstance(environment, SLURMEnvironment) and environment.auto_requeue and stop.signum == environment.requeue_signal:
         _requeue()
     return PREEMPTED
+
+
+def _tell_first(signum: int) -> None:
+    """Sends a signal on to the process that has started this one (a terminal tells it of Ctrl-C), and leaves it a moment to end: it would be killed
+    when one that it has started has ended, and could not say why in its receipt."""
+    if int(os.environ.get(PARENT, 0)) == os.getppid():
+        if signum != signal.SIGINT:
+            os.kill(os.getppid(), signum)
+        time.sleep(2)
 
 
 def _how_to_go_on(trainer: Trainer) -> str:

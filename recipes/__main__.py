@@ -6,6 +6,7 @@ import os
 import signal
 import sys
 import threading
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from importlib import import_module
@@ -59,6 +60,10 @@ def find_command(name: str) -> Callable[[list[str]], int]:
 
 
 def _not_begun(signum: int, _: object) -> None:
+    if os.environ.get("LIGHTNING_MIXERS_PARENT") == str(os.getppid()):  # as `lit_modules.stopping` has it: the first process says it
+        os.kill(os.getppid(), signum)
+        time.sleep(2)
+        os._exit(143)
     os.write(2, f"stopped by {signal.Signals(signum).name} before training began: nothing was written, the same command line begins again\n".encode())
     os._exit(143)
 

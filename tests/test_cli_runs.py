@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import signal
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +14,7 @@ import yaml
 from cli_cases import CONFIG, RUN_FILES, here_fixture, last, one_thread, run_of, trained_fixture  # noqa: F401
 
 from lit_modules.checkpoint import read_checkpoint
+from lit_modules.lit_lm import LitLM
 from recipes.__main__ import main
 from recipes.commands.checkpoints import with_checkpoint
 from recipes.commands.cli import MixersCLI
@@ -185,3 +188,20 @@ def test_no_losses_are_no_equal_losses(content: str | None, trained: Path, tmp_p
     (tmp_path / "receipt.json").write_text(json.dumps({**about, "processes": 2}))
     assert main(["diff", str(run_of(trained)), str(tmp_path)]) == 1  # what is recorded is told all the same
     assert capsys.readouterr().out.splitlines() == ["processes: a 1, b 2", "train/loss: not compared: no step has a loss in both runs"]
+
+
+@pytest.mark.fault("pre-emption", "SIGTERM while `validate`, `test` and `predict` run", "no result, which one line and exit code 143 say", each=3)
+@pytest.mark.usefixtures("here")
+def test_an_evaluation_that_is_stopped(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["fit", "--config=small.yaml", "--trainer.max_steps=2"]) == 0
+    capsys.readouterr()
+    for command in ("validate", "test", "predict"):
+        monkeypatch.setattr(LitLM, {"validate": "validation_step"}.get(command, f"{command}_step"), stop)
+        assert main([command, "--ckpt_path=last"]) == 143
+        said = capsys.readouterr()
+        assert "stopped by SIGTERM before the end: the same command line begins again" in said.err
+        assert "val/loss" not in said.out
+
+
+def stop(*_: Any) -> None:
+    os.kill(os.getpid(), signal.SIGTERM)

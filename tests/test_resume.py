@@ -264,13 +264,21 @@ def test_a_missing_checkpoint_is_refused(here: Path) -> None:
     assert refused("last").endswith("has a last.ckpt to go on from")
 
 
+def test_a_copy_of_a_run_that_has_gone_on_is_not_the_newest(here: Path) -> None:
+    copy = shutil.copytree(here.parents[1], here.parents[1].with_name("zzz"))
+    os.utime(here, (time.time() + 5,) * 2)
+    assert with_checkpoint(collect(["--config=config.yaml", "--ckpt_path=last"]))[1] == here
+    shutil.rmtree(copy)
+
+
 @pytest.mark.fault("missing checkpoint, with an older run beside it", "last.ckpt of the newest run removed; all of its checkpoints", ONE_LINE, each=2)
 @pytest.mark.parametrize("name", ["last", "auto"])
 def test_an_older_run_does_not_stand_in_for_the_newest(here: Path, name: str, capsys: pytest.CaptureFixture[str]) -> None:
     run = here.parents[1]
     older = shutil.copytree(run, run.with_name("older"))
-    for file in older.rglob("*"):
-        os.utime(file, (file.stat().st_mtime - 100,) * 2)
+    receipt = older / "receipt.json"
+    receipt.write_text(receipt.read_text().replace('"started": "20', '"started": "19', 1))
+    (older / "config.yaml").touch()  # as an editor does, or a copy that keeps no times
     shutil.copy(older / "checkpoints" / "last.ckpt", older / "checkpoints" / "last.whole.ckpt")  # newer than all others
     assert with_checkpoint(collect(["--config=config.yaml", f"--ckpt_path={name}"]))[1] == here
     here.unlink()

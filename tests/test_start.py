@@ -292,12 +292,12 @@ def _environment(pid: str) -> bytes:
         return b""
 
 
-def two_processes(here: Path) -> tuple[subprocess.Popen[bytes], int]:
+def two_processes(here: Path, **options: Any) -> tuple[subprocess.Popen[bytes], int]:
     """The first, and the number of the second, which has just begun: a moment before, it is a copy of the first one, which waits for it."""
     command = [sys.executable, "-m", "recipes", *COMMAND, "--trainer.devices=2", "--model.max_tokens=10000000"]
     environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[1])}
     with (here / "said").open("w") as said:
-        first = subprocess.Popen(command, cwd=here, env=environment, stdout=said, stderr=said)
+        first = subprocess.Popen(command, cwd=here, env=environment, stdout=said, stderr=said, **options)
     for _ in range(1200):
         found = Path(f"/proc/{first.pid}/task/{first.pid}/children").read_text().split()
         other = next((int(pid) for pid in found if b"LOCAL_RANK=1" in _environment(pid)), None)
@@ -345,3 +345,29 @@ def test_a_signal_while_a_process_waits_for_another(here: Path) -> None:
     (receipt,) = here.glob("some/where/*/receipt.json")
     outcome = json.loads(receipt.read_text())["outcome"]
     assert outcome == {"state": "stopped", "step": 0, "tokens": 0, "what": "Stopped: SIGTERM, before the first step"}
+
+
+@pytest.mark.fault("Ctrl-C", "SIGINT to two processes that have not begun to train", "nothing was done; the receipt says so; exit code 130")
+@pytest.mark.parametrize("seconds", [0.0, 2.0])
+def test_an_interrupt_while_two_processes_start(seconds: float, here: Path) -> None:
+    first, other = two_processes(here, start_new_session=True)
+    time.sleep(seconds)
+    os.killpg(first.pid, signal.SIGINT)
+    assert first.wait(20) == 130
+    assert_ends(other)
+    (receipt,) = here.glob("some/where/*/receipt.json")
+    assert json.loads(receipt.read_text())["outcome"]["state"] == "stopped"
+
+
+@pytest.mark.fault("pre-emption", "SIGTERM to the second of two processes that start", "nothing was done; one line says so; exit code 143")
+@pytest.mark.parametrize("seconds", [1.0, 2.0])  # before, Python has not begun
+def test_a_signal_for_the_second_process_alone(seconds: float, here: Path) -> None:
+    first, other = two_processes(here)
+    time.sleep(seconds)
+    os.kill(other, signal.SIGTERM)
+    assert first.wait(20) == 143
+    assert_ends(other)
+    (line,) = [line for line in (here / "said").read_text().splitlines() if line.startswith("stopped by ")]
+    assert line.startswith("stopped by SIGTERM; ")
+    (receipt,) = here.glob("some/where/*/receipt.json")
+    assert json.loads(receipt.read_text())["outcome"]["state"] == "stopped"

@@ -6,11 +6,13 @@ import copy
 import multiprocessing
 import os
 import pickle
+import shutil
 import signal
 import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from itertools import islice
 from multiprocessing.context import set_spawning_popen
 from multiprocessing.reduction import ForkingPickler
 from pathlib import Path
@@ -19,9 +21,11 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 
-from lit_modules.data import PackedText
+from lit_modules.data import PackedText, loaders
 from lit_modules.data.loaders import TrainLoader
 from lit_modules.data.workers import SharedTokens
+from lit_modules.parallel import lost_process
+from mixers.errors import ConfigError
 
 # A program without `if __name__ == "__main__"` that hears SIGTERM and goes on.
 PROGRAM = """
@@ -172,3 +176,47 @@ def test_signals_to_all_processes_end_no_worker(program: subprocess.Popen) -> No
     assert said == "heard\n50 3\n"
     assert program.returncode == 0
     assert_nothing_is_left(program)
+
+
+# --- what the system refuses ---
+
+
+@pytest.mark.fault("shared memory full", "less room in /dev/shm than the workers' batches take", "nothing: one line before the first batch")
+def test_no_room_for_the_batches_of_workers(corpus: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    data = PackedText(str(corpus), seq_len=16, batch_size=2, num_workers=2)
+    data.setup("fit")
+    monkeypatch.setattr(loaders, "SHARED_MEMORY", str(corpus))
+    needed = 2 * 3 * 2 * 16 * 20 + loaders.ROOM
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: SimpleNamespace(free=needed - 1))
+    with pytest.raises(
+        ConfigError, match=r"^data.num_workers: 2 workers hand batches over in .*, which has 0.1 MiB left of the 0.1 that they need; "
+    ):
+        next(iter(data.train_dataloader()))
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: SimpleNamespace(free=needed))
+    next(iter(data.train_dataloader()))
+
+
+@pytest.mark.fault("a folder for temporary files with a long name", "TMPDIR of 120 characters", "nothing: one line")
+def test_no_socket_for_the_server(corpus: Path) -> None:
+    place = corpus.parent / ("d" * 60) / ("e" * 60)
+    place.mkdir(parents=True)
+    imports = "from lit_modules.data.workers import start_server; from mixers.errors import ConfigError"
+    program = f"{imports}\ntry: start_server()\nexcept ConfigError as error: print(error)"
+    environment = {**os.environ, "TMPDIR": str(place), "PYTHONPATH": str(Path(__file__).parents[1])}
+    done = subprocess.run([sys.executable, "-c", program], env=environment, capture_output=True, text=True, check=False)
+    assert done.stderr == ""
+    assert done.stdout.startswith("data.num_workers: no worker process can be started: AF_UNIX path too long (a socket there has ")
+
+
+@pytest.mark.fault("a loader worker is killed", "SIGKILL", "what came behind the last checkpoint; one line, exit code 1")
+def test_a_worker_that_is_killed(corpus: Path) -> None:
+    batches = iter(data_of(corpus, 1).train_dataloader())
+    next(batches)
+    (worker,) = multiprocessing.active_children()
+    os.kill(worker.pid, signal.SIGKILL)
+    with pytest.raises(RuntimeError) as error:
+        [*islice(batches, 100)]
+    line = str(lost_process(error.value))
+    assert line.startswith("data.num_workers: DataLoader worker ")
+    assert "exited unexpectedly" in line
+    assert ": a worker process was killed, " in line

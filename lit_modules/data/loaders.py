@@ -6,6 +6,8 @@ to replace: the order is the same with `use_distributed_sampler` on or off.
 
 from __future__ import annotations
 
+import os
+import shutil
 from collections.abc import Callable, Collection, Iterator, Mapping
 from typing import Any, NamedTuple, final
 
@@ -18,6 +20,11 @@ from lit_modules.data.windows import Batch, Packer, Windows
 from lit_modules.data.workers import METHOD, leave_signals_to_parent, starting
 from mixers.errors import ConfigError
 
+SHARED_MEMORY = "/dev/shm"  # where torch's worker processes hand over tensors, on Linux
+AHEAD = 2  # batches that a worker makes before they are asked for
+TOKEN_BYTES = 2 * 8 + 4  # of a batch: input and target, and where each token is a document of its own, its place
+ROOM = 2**16  # what else is there: semaphores
+PATIENCE = 900  # seconds for a batch; a worker whose batch found no room in shared memory never sends it
 STEP_TOKENS = "step_tokens"  # key of the tokens an optimizer step, in the state of the data
 SETTINGS = "settings"  # key of what the samples depend on
 # what a training that goes on shares with the one before, unless it may change: by the name that says so, what it is
@@ -62,7 +69,19 @@ class MicroBatches(Sampler[list[int]]):
         return -(-(self.stop - self.first) // (self.batch_size * self.shard.world_size))
 
 
+def _check_room(num_workers: int, batch_bytes: int) -> None:
+    """ConfigError if the batches that workers hold ready do not fit where they hand them over: one that finds no room there dies without a word."""
+    free = shutil.disk_usage(SHARED_MEMORY).free if num_workers and os.path.isdir(SHARED_MEMORY) else None
+    needed = num_workers * (AHEAD + 1) * batch_bytes + ROOM
+    if free is not None and free < needed:
+        raise ConfigError(
+            f"data.num_workers: {num_workers} workers hand batches over in {SHARED_MEMORY}, which has {free / 2**20:,.1f} MiB left of the "
+            f"{needed / 2**20:,.1f} that they need; give it more (docker run --shm-size), or set data.num_workers to 0"
+        )
+
+
 def _batches(windows: Windows, packer: Packer, micro_batches: MicroBatches, num_workers: int) -> Iterator[Batch]:
+    _check_room(num_workers, micro_batches.batch_size * windows.seq_len * TOKEN_BYTES)
     loader: DataLoader[TokenArray] = DataLoader(
         windows.to_send() if num_workers else windows,
         batch_sampler=micro_batches,
@@ -71,12 +90,16 @@ def _batches(windows: Windows, packer: Packer, micro_batches: MicroBatches, num_
         multiprocessing_context=METHOD if num_workers else None,
         pin_memory=torch.cuda.is_available(),
         worker_init_fn=leave_signals_to_parent,
+        prefetch_factor=AHEAD if num_workers else None,
+        timeout=PATIENCE if num_workers else 0,
     )
     try:
         with starting(num_workers):
             batches = iter(loader)
         yield from batches
         return
+    except (ConnectionError, EOFError) as error:  # a worker that was killed while it handed over a batch; else torch says it
+        raise RuntimeError(f"DataLoader worker exited unexpectedly ({error})") from error
     except ConfigError as error:  # of shards that are corrupt; one from a worker has its traceback in the message
         line = str(error).strip().splitlines()[-1].removeprefix("mixers.errors.ConfigError: ")
         error.__traceback__ = None  # it would keep the workers

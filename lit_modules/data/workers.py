@@ -34,11 +34,27 @@ def start_server() -> None:
     """Has the server begin to import, once a process; it ends with this process and its workers, whatever ends them.
 
     Workers start it too, but then the first one waits for its imports.
+
+    Raises:
+        ConfigError: the system does not let it start.
     """
     if METHOD is not None:
-        with _apart():
+        with _apart(), startable():
             forkserver.set_forkserver_preload(PRELOAD)
             forkserver.ensure_running()
+
+
+@contextmanager
+def startable() -> Iterator[None]:
+    """Around what makes sockets, semaphores and processes for workers: what the system refuses becomes ConfigError."""
+    try:
+        yield
+    except OSError as error:
+        from mixers.errors import ConfigError  # not for the server, which never comes here
+
+        long = "too long" in str(error)  # no error number tells
+        why = f"{error} (a socket there has a name of 100 characters at most: TMPDIR is {tempfile.gettempdir()})" if long else str(error)
+        raise ConfigError(f"data.num_workers: no worker process can be started: {why}; set it to 0 to do without") from error
 
 
 @contextmanager
@@ -48,7 +64,7 @@ def starting(num_workers: int) -> Iterator[None]:
         yield
         return
     start_server()  # again if something has killed it
-    with _apart():
+    with _apart(), startable():
         yield
 
 

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import json
+import sys
+from collections.abc import Callable
 from typing import Any
 
+from lit_modules.stopping import PREEMPTED, Stopped, at_once
 from mixers.errors import ConfigError
 from recipes.commands.checkpoints import check_model, check_strategy, run_config, with_checkpoint
 from recipes.commands.cli import MixersCLI
@@ -15,20 +18,36 @@ from recipes.commands.verified import verify_shards
 
 def validate(argv: list[str]) -> int:
     """Prints loss, perplexity and bits per byte on the validation set."""
-    cli, path = _prepare("validate", argv)
-    cli.trainer.validate(cli.model, datamodule=cli.datamodule, ckpt_path=path, weights_only=True)
-    return 0
+    return _unless_stopped(lambda: _evaluate("validate", argv))
 
 
 def test(argv: list[str]) -> int:
     """Prints loss, perplexity and bits per byte on the test set."""
-    cli, path = _prepare("test", argv)
-    cli.trainer.test(cli.model, datamodule=cli.datamodule, ckpt_path=path, weights_only=True)
-    return 0
+    return _unless_stopped(lambda: _evaluate("test", argv))
 
 
 def predict(argv: list[str]) -> int:
     """Prints a JSON line for each packed document of the test set: its tokens and the sum of their negative log likelihoods, in nats."""
+    return _unless_stopped(lambda: _predict(argv))
+
+
+def _unless_stopped(command: Callable[[], int]) -> int:
+    """Runs it, unless a signal comes: then there is no result, or not all of it, and the exit code says so."""
+    try:
+        with at_once():
+            return command()
+    except Stopped as stop:
+        print(f"stopped by {stop} before the end: the same command line begins again", file=sys.stderr, flush=True)
+        return PREEMPTED
+
+
+def _evaluate(command: str, argv: list[str]) -> int:
+    cli, path = _prepare(command, argv)
+    getattr(cli.trainer, command)(cli.model, datamodule=cli.datamodule, ckpt_path=path, weights_only=True)
+    return 0
+
+
+def _predict(argv: list[str]) -> int:
     cli, path = _prepare("predict", argv)
     if cli.trainer.world_size > 1:
         raise ConfigError(f"trainer.devices: predict prints in the order of the data and takes one device, got {cli.trainer.world_size}")

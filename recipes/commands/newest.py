@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from datetime import datetime
 from pathlib import Path
 
 import yaml
@@ -68,10 +69,18 @@ def beside(path: Path) -> dict[str, list[Path]]:
     return {"of this run ": there, "of another run ": others}
 
 
-def _began(run: Path) -> int:
-    """When a run began, in ns. Not when it saved something: a file may be copied, or be made from another one later."""
-    config = run / CONFIG
-    return (config if config.is_file() else run).stat().st_mtime_ns
+def _began(run: Path) -> tuple[float, float, str]:
+    """When a run began, in seconds. Its receipt says so; not when its files were written, which copies and editors change. Without a receipt it was
+    killed in its first moments, or is none of ours: then its config's time.
+
+    Behind that, for a copy made while it went on and for runs of one second, when it saved last, and its name, which has a number then.
+    """
+    saved = max((file.stat().st_mtime for file in saved_in(run / CHECKPOINTS)), default=0.0)
+    try:
+        return datetime.fromisoformat(read_receipt(run, "ckpt_path")["started"]).timestamp(), saved, run.name
+    except (ConfigError, KeyError, TypeError, ValueError):
+        config = run / CONFIG
+        return (config if config.is_file() else run).stat().st_mtime, saved, run.name
 
 
 def newest_run(roots: list[Path]) -> Path | None:
