@@ -266,7 +266,9 @@ def test_a_missing_checkpoint_is_refused(here: Path) -> None:
 
 def test_a_copy_of_a_run_that_has_gone_on_is_not_the_newest(here: Path) -> None:
     copy = shutil.copytree(here.parents[1], here.parents[1].with_name("zzz"))
-    os.utime(here, (time.time() + 5,) * 2)
+    os.utime(copy / "checkpoints" / "last.ckpt", (time.time() + 5,) * 2)
+    receipt = copy / "receipt.json"
+    receipt.write_text(json.dumps({**json.loads(receipt.read_text()), "outcome": {"state": "running"}}))
     assert with_checkpoint(collect(["--config=config.yaml", "--ckpt_path=last"]))[1] == here
     shutil.rmtree(copy)
 
@@ -278,6 +280,9 @@ def test_an_older_run_does_not_stand_in_for_the_newest(here: Path, name: str, ca
     older = shutil.copytree(run, run.with_name("older"))
     receipt = older / "receipt.json"
     receipt.write_text(receipt.read_text().replace('"started": "20', '"started": "19', 1))
+    if name == "auto":  # then its name says when it began
+        receipt.write_text("{")
+        older = older.rename(older.with_name("2020-01-31_12-00-00"))
     (older / "config.yaml").touch()  # as an editor does, or a copy that keeps no times
     shutil.copy(older / "checkpoints" / "last.ckpt", older / "checkpoints" / "last.whole.ckpt")  # newer than all others
     assert with_checkpoint(collect(["--config=config.yaml", f"--ckpt_path={name}"]))[1] == here

@@ -186,11 +186,10 @@ def test_no_room_for_the_batches_of_workers(corpus: Path, monkeypatch: pytest.Mo
     data = PackedText(str(corpus), seq_len=16, batch_size=2, num_workers=2)
     data.setup("fit")
     monkeypatch.setattr(loaders, "SHARED_MEMORY", str(corpus))
-    needed = 2 * 3 * 2 * 16 * 20 + loaders.ROOM
+    monkeypatch.setattr(loaders, "active_children", list)  # workers of another test may live still
+    needed = 2 * 2 * 3 * 2 * 16 * 20 + loaders.ROOM
     monkeypatch.setattr(shutil, "disk_usage", lambda _: SimpleNamespace(free=needed - 1))
-    with pytest.raises(
-        ConfigError, match=r"^data.num_workers: 2 workers hand batches over in .*, which has 0.1 MiB left of the 0.1 that they need; "
-    ):
+    with pytest.raises(ConfigError, match=r"^data.num_workers: 2 workers hand batches over in .*, which has 0.1 MiB left of the 0.1 that they may "):
         next(iter(data.train_dataloader()))
     monkeypatch.setattr(shutil, "disk_usage", lambda _: SimpleNamespace(free=needed))
     next(iter(data.train_dataloader()))

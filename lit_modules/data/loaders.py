@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 import shutil
 from collections.abc import Callable, Collection, Iterator, Mapping
+from multiprocessing import active_children
 from typing import Any, NamedTuple, final
 
 import torch
@@ -69,19 +70,24 @@ class MicroBatches(Sampler[list[int]]):
         return -(-(self.stop - self.first) // (self.batch_size * self.shard.world_size))
 
 
-def _check_room(num_workers: int, batch_bytes: int) -> None:
-    """ConfigError if the batches that workers hold ready do not fit where they hand them over: one that finds no room there dies without a word."""
-    free = shutil.disk_usage(SHARED_MEMORY).free if num_workers and os.path.isdir(SHARED_MEMORY) else None
-    needed = num_workers * (AHEAD + 1) * batch_bytes + ROOM
-    if free is not None and free < needed:
+def _check_room(num_workers: int, batch_bytes: int, processes: int) -> None:
+    """ConfigError if the batches that workers hold ready do not fit where they hand them over: one that finds no room there dies without a word.
+
+    All processes of a machine and the validations of a training share it. So it is looked at where the first workers of a process start.
+    """
+    if not num_workers or active_children() or not os.path.isdir(SHARED_MEMORY):
+        return
+    here = min(processes, torch.cuda.device_count() or processes)
+    free, needed = shutil.disk_usage(SHARED_MEMORY).free, here * (2 * num_workers * (AHEAD + 1) * batch_bytes + ROOM)
+    if free < needed:
         raise ConfigError(
             f"data.num_workers: {num_workers} workers hand batches over in {SHARED_MEMORY}, which has {free / 2**20:,.1f} MiB left of the "
-            f"{needed / 2**20:,.1f} that they need; give it more (docker run --shm-size), or set data.num_workers to 0"
+            f"{needed / 2**20:,.1f} that they may need; give it more (docker run --shm-size), or set data.num_workers to 0"
         )
 
 
 def _batches(windows: Windows, packer: Packer, micro_batches: MicroBatches, num_workers: int) -> Iterator[Batch]:
-    _check_room(num_workers, micro_batches.batch_size * windows.seq_len * TOKEN_BYTES)
+    _check_room(num_workers, micro_batches.batch_size * windows.seq_len * TOKEN_BYTES, micro_batches.shard.world_size)
     loader: DataLoader[TokenArray] = DataLoader(
         windows.to_send() if num_workers else windows,
         batch_sampler=micro_batches,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import suppress
 from datetime import datetime
 from pathlib import Path
 
@@ -14,7 +15,7 @@ from lit_modules.saving import DIVERGED
 from lit_modules.saving import LAST as LAST_FILE
 from mixers.errors import ConfigError
 from recipes.commands.receipt import read_receipt
-from recipes.commands.run_folder import CHECKPOINTS, CONFIG
+from recipes.commands.run_folder import CHECKPOINTS, CONFIG, STAMP
 
 LAST = "last"
 AUTO = "auto"  # last, or the beginning where no run has saved anything yet
@@ -69,18 +70,21 @@ def beside(path: Path) -> dict[str, list[Path]]:
     return {"of this run ": there, "of another run ": others}
 
 
-def _began(run: Path) -> tuple[float, float, str]:
-    """When a run began, in seconds. Its receipt says so; not when its files were written, which copies and editors change. Without a receipt it was
-    killed in its first moments, or is none of ours: then its config's time.
+def _began(run: Path) -> tuple[float, int, float, str]:
+    """When a run began, in seconds. Its receipt says so, or else its name; not when its files were written, which copies and editors change. A folder
+    with neither is none of ours: then its config's time.
 
-    Behind that, for a copy made while it went on and for runs of one second, when it saved last, and its name, which has a number then.
+    Behind that, for a copy made while it went on and for runs of one second, at which step it ended, when it saved last, and its name, which has a
+    number then.
     """
     saved = max((file.stat().st_mtime for file in saved_in(run / CHECKPOINTS)), default=0.0)
-    try:
-        return datetime.fromisoformat(read_receipt(run, "ckpt_path")["started"]).timestamp(), saved, run.name
-    except (ConfigError, KeyError, TypeError, ValueError):
-        config = run / CONFIG
-        return (config if config.is_file() else run).stat().st_mtime, saved, run.name
+    with suppress(ConfigError, KeyError, TypeError, ValueError, RecursionError):
+        about = read_receipt(run, "ckpt_path")
+        return datetime.fromisoformat(about["started"]).timestamp(), int(about["outcome"].get("step") or 0), saved, run.name
+    with suppress(ValueError):
+        return datetime.strptime(run.name[: len("2026-01-31_23-59-59")], STAMP).timestamp(), 0, saved, run.name
+    config = run / CONFIG
+    return (config if config.is_file() else run).stat().st_mtime, 0, saved, run.name
 
 
 def newest_run(roots: list[Path]) -> Path | None:

@@ -14,6 +14,7 @@ from lit_modules.paths import given_path
 from mixers.errors import ConfigError
 
 CHECKPOINTS = "checkpoints"
+STAMP = "%Y-%m-%d_%H-%M-%S"  # of when a run began, its folder's name
 CONFIG, RECEIPT, METRICS = "config.yaml", "receipt.json", "metrics.csv"
 
 
@@ -40,7 +41,7 @@ def make_run_folder(root: str) -> RunFolder:
     Raises:
         ConfigError: it cannot be made; nothing is left of the attempt.
     """
-    stamp, parent = datetime.now().strftime("%Y-%m-%d_%H-%M-%S"), given_path(root, "trainer.default_root_dir")
+    stamp, parent = datetime.now().strftime(STAMP), given_path(root, "trainer.default_root_dir")
     around = _missing(parent)
     for number in count(1):
         folder = parent / (stamp if number == 1 else f"{stamp}_{number}")
