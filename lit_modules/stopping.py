@@ -225,9 +225,10 @@ def exit_code(trainer: Trainer | None, stop: Stopped) -> int:
         KeyboardInterrupt: the signal was Ctrl-C's.
     """
     if rank_zero_only.rank:  # type: ignore[attr-defined]
-        if stop.alone:
-            _tell_first(stop.signum)
-        return PREEMPTED if stop.alone else 0
+        if not stop.alone:
+            return 0
+        _tell_first(stop.signum)
+        return PREEMPTED
     if trainer is None:
         print(f"stopped by {stop} before training began: nothing was written, the same command line begins again", file=sys.stderr, flush=True)
         return PREEMPTED

@@ -195,12 +195,15 @@ def test_no_losses_are_no_equal_losses(content: str | None, trained: Path, tmp_p
 def test_an_evaluation_that_is_stopped(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["fit", "--config=small.yaml", "--trainer.max_steps=2"]) == 0
     capsys.readouterr()
-    for command in ("validate", "test", "predict"):
-        monkeypatch.setattr(LitLM, {"validate": "validation_step"}.get(command, f"{command}_step"), stop)
-        assert main([command, "--ckpt_path=last"]) == 143
+    for command, method, result in (("validate", "validation_step", "/bpb"), ("test", "test_step", "/bpb"), ("predict", "predict_step", '"nll"')):
+        with monkeypatch.context() as patch:
+            patch.setattr(LitLM, method, stop)
+            assert main([command, "--ckpt_path=last"]) == 143
         said = capsys.readouterr()
         assert "stopped by SIGTERM before the end: the same command line begins again" in said.err
-        assert "val/loss" not in said.out
+        assert result not in said.out
+        assert main([command, "--ckpt_path=last"]) == 0
+        assert result in capsys.readouterr().out
 
 
 def stop(*_: Any) -> None:

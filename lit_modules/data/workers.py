@@ -39,13 +39,13 @@ def start_server() -> None:
         ConfigError: the system does not let it start.
     """
     if METHOD is not None:
-        with _apart(), startable():
+        with _apart(), _startable():
             forkserver.set_forkserver_preload(PRELOAD)
             forkserver.ensure_running()
 
 
 @contextmanager
-def startable() -> Iterator[None]:
+def _startable() -> Iterator[None]:
     """Around what makes sockets, semaphores and processes for workers: what the system refuses becomes ConfigError."""
     try:
         yield
@@ -64,7 +64,7 @@ def starting(num_workers: int) -> Iterator[None]:
         yield
         return
     start_server()  # again if something has killed it
-    with _apart(), startable():
+    with _apart(), _startable():
         yield
 
 
