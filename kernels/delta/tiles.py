@@ -48,4 +48,4 @@ _TUNED = {
 TILES = TileTable("delta_rule", _SAFE, _TUNED)
 
 # what `bench tune` tries
-CANDIDATES = {name: [Tile(4, stages, {"BV": 64}) for stages in (1, 2, 3)] for name in ("scan", "dscan")}
+CANDIDATES = {name: [Tile(warps, stages, {"BV": 64}) for warps in (4, 8) for stages in (1, 2, 3)] for name in ("scan", "dscan")}

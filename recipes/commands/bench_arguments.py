@@ -12,6 +12,7 @@ from mixers.base import at_least_one
 from mixers.errors import ConfigError, unknown
 from recipes.commands import bench_rows
 from recipes.commands.arguments import Arguments
+from recipes.commands.problems import Shape
 
 SHAPES = "8x2048,4x4096,2x8192,1x16384"
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
@@ -26,6 +27,24 @@ def add_common(parser: Arguments, shapes: str = SHAPES) -> None:
     parser.add_argument("--out", type=Path, default=OUT, help="folder whose CSV file the rows are added to (%(default)s)")
     parser.add_argument("--commit", help="the commit that the rows name (default: what git says, or unknown)")
     parser.add_argument("--budget_ms", type=float, default=1000.0, help="about how long a set of implementations is timed (%(default)s)")
+
+
+def add_heads(parser: Arguments) -> None:
+    """Arguments of what has heads of keys and of values."""
+    parser.add_argument("--heads", type=int, default=16, help="heads (%(default)s)")
+    parser.add_argument("--dim", type=int, default=128, help="size of a head; d_state of ssd and siso (%(default)s)")
+    parser.add_argument("--v_dim", type=int, help="size of a head of values (default: as --dim)")
+
+
+def problem_shapes(given: Namespace) -> list[Shape]:
+    """The sizes of the inputs that the arguments of `add_common` and `add_heads` ask for.
+
+    Raises:
+        ConfigError: a size below 1, or shapes that are none.
+    """
+    v_dim = given.dim if given.v_dim is None else given.v_dim
+    numbers_of(heads=given.heads, dim=given.dim, v_dim=v_dim)
+    return [Shape(batch, tokens, given.heads, given.dim, v_dim) for batch, tokens in shapes_of(given.shapes)]
 
 
 def shapes_of(text: str) -> list[tuple[int, int]]:

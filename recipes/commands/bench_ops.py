@@ -12,7 +12,7 @@ from kernels import backend as backends
 from mixers.errors import ConfigError, unknown
 from recipes.commands import bench_groups, bench_rows, problems
 from recipes.commands.arguments import Arguments
-from recipes.commands.bench_arguments import add_common, dtype_of, numbers_of, prepare, shapes_of
+from recipes.commands.bench_arguments import add_common, add_heads, dtype_of, prepare, problem_shapes
 from recipes.commands.bench_first import first_call_seconds
 from recipes.commands.bench_groups import Group
 from recipes.commands.bench_peers import check_baselines
@@ -29,9 +29,7 @@ def run(argv: list[str]) -> int:
     given = _parser().parse_args(argv)
     ops = _names("ops", given.ops, bench_groups.OPS)
     mixers = _names("mixers", given.mixers, problems.WIDTHS)
-    v_dim = given.dim if given.v_dim is None else given.v_dim
-    shapes = [Shape(batch, tokens, given.heads, given.dim, v_dim) for batch, tokens in shapes_of(given.shapes)]
-    numbers_of(heads=given.heads, dim=given.dim, v_dim=v_dim)
+    shapes = problem_shapes(given)
     dtype, baselines = dtype_of(given.dtype), check_baselines(given.baseline)
     machine = prepare(given)
     for op in ops:
@@ -127,9 +125,7 @@ def _parser() -> Arguments:
     add_common(parser)
     parser.add_argument("--ops", default="delta", help=f"of {', '.join(bench_groups.OPS)}, with commas between them (%(default)s)")
     parser.add_argument("--mixers", default="gdn2,kda,gdn", help="whose gates the delta rule gets (%(default)s)")
-    parser.add_argument("--heads", type=int, default=16, help="heads (%(default)s)")
-    parser.add_argument("--dim", type=int, default=128, help="size of a head; d_state of ssd and siso (%(default)s)")
-    parser.add_argument("--v_dim", type=int, help="size of a head of values (default: as --dim)")
+    add_heads(parser)
     parser.add_argument("--first-call", action="store_true", help="time the first call of a fresh process with an empty cache too")
     parser.add_argument("--errors", action="store_true", help="print the error of every tensor of every implementation against float64")
     return parser

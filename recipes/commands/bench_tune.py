@@ -19,7 +19,7 @@ from kernels.tiles import Key, Tile, TileTable, architecture
 from mixers.errors import unknown
 from recipes.commands import bench_groups, problems
 from recipes.commands.arguments import Arguments
-from recipes.commands.bench_arguments import add_common, dtype_of, numbers_of, prepare, shapes_of
+from recipes.commands.bench_arguments import add_common, add_heads, dtype_of, prepare, problem_shapes
 from recipes.commands.bench_timing import Clock, CudaClock, in_turns
 from recipes.commands.checks import TOLERANCE
 from recipes.commands.problems import Draw, Shape
@@ -54,22 +54,21 @@ def run(argv: list[str]) -> int:
         raise unknown("op", "op", given.op, TABLES)
     if given.mixer not in problems.WIDTHS:
         raise unknown("mixer", "mixer", given.mixer, problems.WIDTHS)
-    numbers_of(heads=given.heads, dim=given.dim)
-    shapes, dtype = shapes_of(given.shapes), dtype_of(given.dtype)
+    shapes, dtype = problem_shapes(given), dtype_of(given.dtype)
     module = import_module(TABLES[given.op])
     table: TileTable = module.TILES
     if given.kernel is not None and given.kernel not in table.safe:
         raise unknown("kernel", "kernel", given.kernel, table.safe)
     prepare(given)
     clock = CudaClock()
-    for batch, tokens in shapes:
+    for shape in shapes:
         done: set[tuple[str, Key]] = set()
-        for work in works_of(given.op, given.mixer, Shape(batch, tokens, given.heads, given.dim, given.dim), dtype):
+        for work in works_of(given.op, given.mixer, shape, dtype):
             for kernel, key in picks(table, work):
                 if given.kernel in (None, kernel) and (kernel, key) not in done:
                     listed: Sequence[Tile] = getattr(module, "CANDIDATES", {}).get(kernel, ())
                     found = tune(table, kernel, key, work, clock, TOLERANCE[dtype], given.budget_ms, listed)
-                    report(f"{table.op}: {kernel}, {batch} x {tokens:,} tokens", key, found)
+                    report(f"{table.op}: {kernel}, {shape.batch} x {shape.tokens:,} tokens", key, found)
                 done.add((kernel, key))
     return 0
 
@@ -192,6 +191,5 @@ def _parser() -> Arguments:
     parser.add_argument("--op", default="delta", help=f"of {', '.join(TABLES)} (%(default)s)")
     parser.add_argument("--kernel", help="only this kernel of the op's table (default: every one that is launched)")
     parser.add_argument("--mixer", default="gdn2", help="whose gates the delta rule gets (%(default)s)")
-    parser.add_argument("--heads", type=int, default=16, help="heads (%(default)s)")
-    parser.add_argument("--dim", type=int, default=128, help="size of a head (%(default)s)")
+    add_heads(parser)
     return parser
