@@ -12,7 +12,7 @@ from torch import Tensor
 
 from kernels import tiles
 from kernels.delta.reference import CHUNK
-from kernels.delta.tiles import AT_ONCE, FEW_PROGRAMS, MOST_COLUMNS, TILES
+from kernels.delta.tiles import AT_ONCE, FEW_PROGRAMS, MOST_COLUMNS, TILES, TRANSPOSED_COLUMNS
 from kernels.tiles import Tile
 from kernels.varlen import device_chunks, most_chunks
 
@@ -55,15 +55,15 @@ class Problem(NamedTuple):
         columns = self.sequences * self.v_heads * v_dim
         packed = self.settings["PACKED"]  # one tile for any number of documents: a new one compiles nothing
         if self.hopper and k_dim in (64, 128):
-            many = packed or columns >= FEW_PROGRAMS * MOST_COLUMNS
-            transposed = kernel == "state" and many and v_dim % MOST_COLUMNS == 0
+            most = MOST_COLUMNS[kernel]
+            transposed = kernel == "state" and (packed or columns > AT_ONCE * most) and v_dim % TRANSPOSED_COLUMNS == 0
             name = f"{kernel}_transposed_hopper" if transposed else f"{kernel}_hopper"
             options = self.options(name)
             options["STAGES"] = options["num_stages"]
             if not transposed:
                 at_once = 1 << (-(-columns // AT_ONCE) - 1).bit_length()
-                options["BV"] = min(MOST_COLUMNS, v_dim) if packed else max(options["BV"], at_once)
-            if options["BV"] <= MOST_COLUMNS and v_dim % options["BV"] == 0:
+                options["BV"] = min(most, v_dim) if packed else max(options["BV"], at_once)
+            if (transposed or options["BV"] <= most) and v_dim % options["BV"] == 0:
                 return columns // options["BV"], name, options
         name, options = kernel, self.options(kernel)
         if packed or columns // options["BV"] < FEW_PROGRAMS:
@@ -218,17 +218,20 @@ def inter(problem: Problem, chunks: dict[str, Tensor], scale: float, state: Tens
     final = v.new_empty(problem.sequences, problem.v_heads, k_dim, v_dim, dtype=torch.float32)
     programs, tile, options = problem.serial_options("state")
     names = ["HV", "K", "V", "C", "G", "B", "PACKED"]
+    c = chunks
+    read, kept = [c["Y"], c["U"], c["P"], c["Qg"], c["Ktail"]], states
     if tile == "state_transposed_hopper":
         from kernels.delta._gluon.state_transposed import state_kernel
     elif tile == "state_hopper":
-        from kernels.delta._gluon.state import state_kernel
+        from kernels.delta._gluon.state import described, state_kernel
+
+        read, kept = described(*read, states, options["BV"], erase=bool(problem.settings["B"]), save=save)
     else:
         from kernels.delta._triton.state import state_kernel
 
         names += ["PRECISION"]
-    c = chunks
     state_kernel[(programs,)](
-        c["Y"], c["U"], c["P"], c["Qg"], c["Ktail"], c["gamma"], final if state is None else state.contiguous(), *problem.chunks, o, states, final,
+        *read, c["gamma"], final if state is None else state.contiguous(), *problem.chunks, o, kept, final,
         scale, **problem.lengths, S_O=problem.v_heads * v_dim, INITIAL=state is not None, SAVE=save, **problem.only(*names), **options,
     )  # fmt: skip
     return Forward(o, final, c["A"], c["P"], c["Y"], c["U"], c["Qg"], c["Ktail"], c["gamma"], states)

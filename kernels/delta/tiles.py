@@ -8,8 +8,8 @@ from kernels.tiles import Key, Tile, TileTable
 # A serial pass takes its narrow tile where the wide one would leave most multiprocessors without a program.
 FEW_PROGRAMS = 64
 # Serial passes of `_hopper` take a multiprocessor a program, of which an H100 has so many: a program has as many more columns than in the table as
-# make all run at once, up to MOST_COLUMNS. The transposed one has MOST_COLUMNS, and takes what makes FEW_PROGRAMS of them and packed documents.
-AT_ONCE, MOST_COLUMNS = 132, 64
+# make all run at once, up to what shared memory holds. Where that is not enough, and for packed documents, the transposed one takes the forward pass.
+AT_ONCE, MOST_COLUMNS, TRANSPOSED_COLUMNS = 132, {"state": 32, "dstate": 64}, 64
 
 # On Hopper ptxas 12.8 and 13.0 lose uniform registers that hold where in shared memory the operands of a product lie (docs/log.md): with 16-bit
 # inputs many tiles of four warps with fewer than 64 columns are wrong, and `dscores` of eight if one block holds all of 64 value columns; in float32
@@ -35,8 +35,8 @@ _SAFE = {
 _H100_HALF = Key("sm_90", 2, 128)
 _H100_HALF_64 = Key("sm_90", 2, 64)
 _TUNED = {
-    "scan": {_H100_HALF_64: Tile(4, 3, {"BV": 64})},
-    "dscan": {_H100_HALF_64: Tile(4, 2, {"BV": 64})},
+    "scan": {_H100_HALF_64: Tile(4, 3, {"BV": 64}), _H100_HALF: Tile(4, 2, {"BV": 64})},
+    "dscan": {_H100_HALF_64: Tile(4, 2, {"BV": 64}), _H100_HALF: Tile(4, 2, {"BV": 64})},
     "solve": {_H100_HALF: Tile(4, 1, {"BK": 64, "BV": 128})},
     "state_hopper": {_H100_HALF: Tile(4, 3, {"BV": 16})},
     "state_transposed_hopper": {_H100_HALF: Tile(4, 3, {"BV": 64})},

@@ -229,13 +229,13 @@ def _tuned_variants() -> list[Variant]:
     for dtype in (torch.bfloat16, torch.float16):
         gdn2 = partial(case_of, "gdn2", 128, 128)
         few = [gdn2(decay=d, tokens=t) for d, t in (("mixed", 1000), ("mild", 200), ("slow", 200), *((str(d), 130) for d in MIXED_DECAYS))]
-        many = [gdn2(batch=batch, heads=16, decay="mixed", tokens=70) for batch in (4, 8)]
+        many = [gdn2(batch=batch, heads=16, decay="mixed", tokens=70) for batch in (2, 4, 8)]  # 32, 64 columns a program, transposed
         packed = [gdn2(layout="packed", documents=lengths, tokens=sum(lengths), groups=2) for lengths in DOCUMENTS.values()]
         found.append(Variant("gdn2-tuned", dtype, [*few, *many, *packed]))
         for model in ("kda", "gdn", "deltanet", "gla"):
             tuned = partial(case_of, model, 128, 128)
             cases = [tuned(decay=decay) for decay in ("mixed", "slow")]
-            cases += [tuned(batch=batch, heads=16, decay="slow", tokens=70) for batch in (4, 8)]
+            cases += [tuned(batch=batch, heads=16, decay="slow", tokens=70) for batch in (2, 4, 8)]
             cases += [tuned(layout="packed", documents=DOCUMENTS["around a chunk"], tokens=259, groups=2, decay="slow")]
             found.append(Variant(f"{model}-tuned", dtype, cases))
     for k_dim, v_dim in ((64, 96), (128, 64), (128, 256)):

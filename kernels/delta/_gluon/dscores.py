@@ -142,6 +142,18 @@ def state_gradients(
     return dq, -de, dk, dgamma
 
 
+@gluon.jit
+def put_result(to, x, rows, S: gl.constexpr, G: gl.constexpr):
+    """Rows of a tile [C, BK] to memory, S numbers apart: in pieces of 16 bytes, but for a decay per channel, which leaves no registers for them."""
+    dtype: gl.constexpr = to.dtype.element_ty
+    C: gl.constexpr = x.shape[0]
+    BK: gl.constexpr = x.shape[1]
+    N: gl.constexpr = 128 // dtype.primitive_bitwidth
+    pieces: gl.constexpr = gl.BlockedLayout([1, N], [32 * N // BK, BK // N], [gl.num_warps(), 1], [1, 0])
+    layout: gl.constexpr = x.type.layout if G == 2 else pieces
+    gl.store(to + offsets(C, BK, S, layout), gl.convert_layout(x.to(dtype), layout), mask=within(rows, C, BK, layout))
+
+
 @gluon.jit(do_not_specialize=["tokens", "per_sequence", "sequences"])
 def dscores_kernel(
     q, k, g, b, first_chunk, starts, lengths, R, S, do, dZ, dS, dq, dk, dg, db, scale, tokens, per_sequence, sequences,
@@ -225,8 +237,7 @@ def dscores_kernel(
 
     # --- results
     token = start * HV + head
-    to = token * K + ck + offsets(C, BK, HV * K, M)
-    inside = within(rows, C, BK, M)
+    to = token * K + ck
     k_c, q_c = k_s.load(M).to(gl.float32), q_s.load(M).to(gl.float32)
     dG = q_c * dq_c - k_c * dk_c  # (4.8)
     if B:
@@ -234,7 +245,7 @@ def dscores_kernel(
         if SHARED_B:
             b_c = b_s.load(M).to(gl.float32)
         if B == 2:
-            gl.store(db + to, db_c.to(db.dtype.element_ty), mask=inside)
+            put_result(db + to, db_c, rows, HV * K, G)
         else:
             gl.store(db + (token + r * HV) * PARTS + part, gl.sum(db_c, 1), mask=r < rows)
         dG += b_c * db_c
@@ -243,10 +254,10 @@ def dscores_kernel(
         own = gl.expand_dims(diagonal.load(gl.SliceLayout(1, M)), 1)  # it has no decay
         dq_c += own * k_c
         dk_c += own * q_c
-    gl.store(dq + to, dq_c.to(dq.dtype.element_ty), mask=inside)
-    gl.store(dk + to, dk_c.to(dk.dtype.element_ty), mask=inside)
+    put_result(dq + to, dq_c, rows, HV * K, G)
+    put_result(dk + to, dk_c, rows, HV * K, G)
     if G == 2:
-        gl.store(dg + to, decay_gradient(dG, sums, dtotal, COLUMN), mask=inside)
+        put_result(dg + to, decay_gradient(dG, sums, dtotal, COLUMN), rows, HV * K, G)
     if G == 1:
         t = gl.arange(0, C, layout=ROW)
         barrier()

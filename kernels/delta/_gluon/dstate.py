@@ -8,13 +8,24 @@ from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.ampere import async_copy
 from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared, warpgroup_mma, warpgroup_mma_wait
 
-from kernels.delta._gluon.shared import barrier, chunk_rows, fetch, offsets, sequence_chunks, shared_tile, shared_tiles, tile
+from kernels.delta._gluon.shared import (
+    barrier,
+    chunk_rows,
+    fetch,
+    fetch_decay,
+    offsets,
+    sequence_chunks,
+    shared_rows,
+    shared_tile,
+    shared_tiles,
+    tile,
+)
 
 
 @gluon.jit
 def fetch_chunk(
-    i, Y_s, do_s, P_s, Q_s, K_s, Y, do, P, Qg, Ktail, chunk, head, starts, lengths, tokens, per_sequence, S_O: gl.constexpr, HV: gl.constexpr,
-    B: gl.constexpr, PACKED: gl.constexpr,
+    i, Y_s, do_s, P_s, Q_s, K_s, gamma_s, Y, do, P, Qg, Ktail, gamma, chunk, head, starts, lengths, tokens, per_sequence, S_O: gl.constexpr,
+    HV: gl.constexpr, G: gl.constexpr, B: gl.constexpr, PACKED: gl.constexpr,
 ):  # fmt: skip
     """Begins to copy what a chunk needs to buffer i."""
     C: gl.constexpr = P_s.shape[1]
@@ -27,6 +38,7 @@ def fetch_chunk(
     fetch(Q_s.index(i), Qg + at * C * K, K)
     if B:
         fetch(Y_s.index(i), Y + at * C * K, K)
+    fetch_decay(gamma_s.index(i), gamma, at, True, G)
 
 
 @gluon.jit(do_not_specialize=["tokens", "per_sequence"])
@@ -47,25 +59,20 @@ def dstate_kernel(
     dS_all += block * BV
     whole = (sequence.to(gl.int64) * HV + head) * K * V + block * BV
     Y_s, Q_s, K_s = shared_tiles(dtype, C, K, STAGES), shared_tiles(dtype, C, K, STAGES), shared_tiles(dtype, C, K, STAGES)
-    P_s, do_s = shared_tiles(dtype, C, C, STAGES), shared_tiles(dtype, C, BV, STAGES)
+    P_s, do_s, gamma_s = shared_tiles(dtype, C, C, STAGES), shared_tiles(dtype, C, BV, STAGES), shared_rows(K, STAGES)
     dS_s, dR_s = shared_tile(dtype, K, BV), shared_tile(dtype, C, BV)
     for ahead in gl.static_range(STAGES - 1):
         if first + ahead < end:
             fetch_chunk(
-                ahead, Y_s, do_s, P_s, Q_s, K_s, Y, do, P, Qg, Ktail, end - 1 - ahead, head, starts, lengths, tokens, per_sequence, S_O, HV, B,
-                PACKED,
+                ahead, Y_s, do_s, P_s, Q_s, K_s, gamma_s, Y, do, P, Qg, Ktail, gamma, end - 1 - ahead, head, starts, lengths, tokens,
+                per_sequence, S_O, HV, G, B, PACKED,
             )  # fmt: skip
         async_copy.commit_group()
     dS = tile(dfinal + whole, K, V, K, BV, M)
     zero, zero_K = gl.zeros([C, BV], gl.float32, layout=M), gl.zeros([K, BV], gl.float32, layout=M)
-    keys = gl.arange(0, K, layout=gl.SliceLayout(1, M))
     for back in range(0, end - first):
         i, chunk = back % STAGES, end - 1 - back
         at = chunk.to(gl.int64) * HV + head
-        if G == 2:
-            decay = gl.expand_dims(gl.load(gamma + at * K + keys), 1)
-        if G == 1:
-            decay = gl.load(gamma + at)
         dS_s.store(dS.to(dtype))
         async_copy.wait_group(STAGES - 2)
         fence_async_shared()
@@ -73,13 +80,11 @@ def dstate_kernel(
         dR_c = warpgroup_mma(P_s.index(i).permute((1, 0)), do_s.index(i), zero, use_acc=False, is_async=True)
         dR_c = warpgroup_mma(K_s.index(i), dS_s, dR_c, is_async=True)
         dS_q = warpgroup_mma(Q_s.index(i).permute((1, 0)), do_s.index(i), zero_K, use_acc=False, is_async=True)
-        if G:
-            dS = dS * decay
         if back + (STAGES - 1) < end - first:
             then = (back + (STAGES - 1)) % STAGES
             fetch_chunk(
-                then, Y_s, do_s, P_s, Q_s, K_s, Y, do, P, Qg, Ktail, chunk - (STAGES - 1), head, starts, lengths, tokens, per_sequence, S_O, HV, B,
-                PACKED,
+                then, Y_s, do_s, P_s, Q_s, K_s, gamma_s, Y, do, P, Qg, Ktail, gamma, chunk - (STAGES - 1), head, starts, lengths, tokens,
+                per_sequence, S_O, HV, G, B, PACKED,
             )  # fmt: skip
         async_copy.commit_group()
         gl.store(dS_all + at * K * V + offsets(K, BV, V, COPY), dS_s.load(COPY))
@@ -87,6 +92,8 @@ def dstate_kernel(
         dR_s.store((-dR_c).to(dtype))  # of which dS gets Y^T (-dR): a product only adds
         fence_async_shared()
         dS_q = warpgroup_mma_wait(0, deps=(dS_q,))
+        if G:  # dS is what a product gave: before a wait the assembler would have this use of it wait for all products
+            dS = dS * gl.expand_dims(gamma_s.index(i).load(gl.SliceLayout(1, M)), 1)
         dS += scale * dS_q
         barrier()
         if B:

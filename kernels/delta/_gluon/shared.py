@@ -6,6 +6,7 @@ Shapes: C = 64 rows a chunk, BK channels, BV value columns a block.
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.ampere import async_copy
+from triton.experimental.gluon.language.nvidia.hopper import mbarrier
 
 barrier = gl.barrier if hasattr(gl, "barrier") else gl.thread_barrier  # renamed in Triton 3.7
 LOG2E = gl.constexpr(1.4426950408889634)
@@ -94,6 +95,34 @@ def fetch(to, x, S, rows=None):
         async_copy.async_copy_global_to_shared(to, x + offsets(R, X, S, layout))
     else:
         async_copy.async_copy_global_to_shared(to, x + offsets(R, X, S, layout), mask=within(rows, R, X, layout))
+
+
+@gluon.jit
+def mbarriers(N: gl.constexpr, COUNT: gl.constexpr):
+    """N barriers in shared memory, each for COUNT arrivals a phase."""
+    all_of_them = gl.allocate_shared_memory(gl.int64, [N, 1], mbarrier.MBarrierLayout())
+    for i in gl.static_range(N):
+        mbarrier.init(all_of_them.index(i), count=COUNT)
+    return all_of_them
+
+
+@gluon.jit
+def advance(i, phase, N: gl.constexpr):
+    """The next of N barriers, which are used in turn, and the phase that it is waited for in."""
+    last = i == N - 1
+    return gl.where(last, 0, i + 1), gl.where(last, phase ^ 1, phase)
+
+
+@gluon.jit
+def fetch_decay(to, gamma, at, live, G: gl.constexpr):
+    """Begins to copy the decay of a chunk to shared memory [K]: of every channel the same if it is one number, none unless `live`. A load would be
+    waited for by the next fence between what threads and what products see, as long as memory takes."""
+    K: gl.constexpr = to.shape[0]
+    keys = gl.arange(0, K, layout=gl.BlockedLayout([1], [32], [gl.num_warps()], [0]))
+    if G == 2:
+        async_copy.async_copy_global_to_shared(to, gamma + at * K + keys, mask=keys < gl.where(live, K, 0))
+    if G == 1:
+        async_copy.async_copy_global_to_shared(to, gamma + at + keys * 0, mask=keys < gl.where(live, K, 0))
 
 
 @gluon.jit

@@ -11,7 +11,18 @@ from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.ampere import async_copy
 from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared, warpgroup_mma, warpgroup_mma_wait
 
-from kernels.delta._gluon.shared import barrier, chunk_rows, fetch, offsets, sequence_chunks, shared_rows, shared_tile, shared_tiles, within
+from kernels.delta._gluon.shared import (
+    barrier,
+    chunk_rows,
+    fetch,
+    fetch_decay,
+    offsets,
+    sequence_chunks,
+    shared_rows,
+    shared_tile,
+    shared_tiles,
+    within,
+)
 
 
 @gluon.jit
@@ -31,10 +42,7 @@ def fetch_chunk(
     fetch(Q_s.index(i), Qg + at * C * K, K, rows)
     fetch(P_s.index(i), P + at * C * C, C, rows)
     fetch(K_s.index(i), Ktail + at * C * K, K, rows)
-    if G == 2:
-        row: gl.constexpr = gl.BlockedLayout([1], [32], [gl.num_warps()], [0])
-        keys = gl.arange(0, K, layout=row)
-        async_copy.async_copy_global_to_shared(gamma_s.index(i), gamma + at * K + keys, mask=keys < rows * K)
+    fetch_decay(gamma_s.index(i), gamma, at, chunk < end, G)
     async_copy.commit_group()
 
 
@@ -86,10 +94,8 @@ def state_kernel(
             R = warpgroup_mma_wait(1, deps=(R,))
             R_d = (R_d.to(gl.float32) - R).to(dtype)
         # S is what a product gave: before that wait the assembler would have its use wait for all products
-        if G == 2:
+        if G:
             S = S * gl.expand_dims(gamma_s.index(i).load(gl.SliceLayout(0, MK)), 0)
-        if G == 1:
-            S = S * gl.load(gamma + at)
         R_K, R_C = gl.convert_layout(R_d, gl.DotOperandLayout(0, MK, 2)), gl.convert_layout(R_d, gl.DotOperandLayout(0, MC, 2))
         S = warpgroup_mma(R_K, K_s.index(i), S, is_async=True)
         o_c, S_d = warpgroup_mma_wait(1, deps=(o_c, S_d))  # operands in registers are kept until their product is done
