@@ -162,7 +162,7 @@ def test_does_not_wait_for_the_device(layout: str) -> None:
 # --- bfloat16 errors beside a peer's ---
 
 
-@pytest.mark.parametrize(("heads", "tokens"), [(4, 2048), (16, 512)])  # few programs in the serial passes, and many: kernels of their own
+@pytest.mark.parametrize(("heads", "tokens"), [(4, 2048), (40, 512)])  # few programs in the serial passes, and many: kernels of their own
 @pytest.mark.parametrize(("decay", "keys"), [("slow", "apart"), ("mild", "apart"), ("mixed", "apart"), ("slow", "alike"), ("mild", "alike")])
 def test_errors_beside_flash_linear_attention(decay: str, keys: str, heads: int, tokens: int, record_property: Callable[[str, object], None]) -> None:
     """Against float64 from the same rounded inputs (q and k normalised before they are rounded), tensor by tensor: at most 1.1 times theirs.
@@ -183,7 +183,7 @@ def test_errors_beside_flash_linear_attention(decay: str, keys: str, heads: int,
         k = inputs.leaves["k"]
         inputs.leaves["k"] = F.normalize(k + 3 * k[:, :1], dim=-1)
     inputs = inputs.rounded(torch.bfloat16, DEVICE)
-    wanted = expected(inputs)
+    wanted = {name: x.to(DEVICE) for name, x in expected(inputs).items()}
     ours, peer = (
         {name: float((x.double() - wanted[name]).norm() / wanted[name].norm()) for name, x in run(f, inputs).items()} for f in (kernel, theirs)
     )
