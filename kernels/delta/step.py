@@ -25,6 +25,9 @@ TILES = TileTable(
     tuned={},
 )
 
+# what `bench tune` tries
+CANDIDATES = {name: [Tile(warps, 1, {"BV": columns}) for columns in (16, 32, 64, 128) for warps in (2, 4, 8)] for name in TILES.safe}
+
 
 def refusal(q: Tensor, *others: Tensor | None) -> str | None:
     """Why the kernel cannot take these arguments of `kernels.delta_rule_step`; None if it can."""
