@@ -13,6 +13,7 @@ from torch import Tensor
 
 from kernels import backend, delta_rule, delta_rule_step
 from kernels.delta import api
+from kernels.delta.forward import as_rows
 
 B, T, H, HV, K, V = 2, 6, 2, 4, 3, 5
 Arguments = dict[str, Any]
@@ -248,3 +249,16 @@ def test_values_are_read_only_where_that_costs_nothing() -> None:
     with pytest.raises(ValueError, match="log-decay"):
         delta_rule(**legal(g=g))
     delta_rule(**legal(g=g.as_subclass(Traced)))
+
+
+@pytest.mark.parametrize(("offset", "width"), [(0, 0), (8, 0), (1, 0), (0, 1), (2, 2), (0, 8)])  # numbers of two bytes
+def test_kernels_see_rows_that_begin_at_multiples_of_16_bytes(offset: int, width: int) -> None:
+    """Asynchronous copies move 4 to 16 bytes: what lies elsewhere is copied, what does not is not."""
+    row = 2 * 16 + width
+    memory = torch.arange(2 * 5 * row + offset, dtype=torch.bfloat16)[offset:]
+    x = memory.view(2, 5, row)[..., :32].unflatten(-1, (2, 16))
+    rows = as_rows(x)
+    assert torch.equal(rows.reshape(x.shape), x)
+    assert rows.data_ptr() % 16 == 0
+    assert rows.stride(1) % 8 == 0
+    assert (rows.data_ptr() == x.data_ptr()) == (offset % 8 == 0 and width % 8 == 0)

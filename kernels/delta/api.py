@@ -72,7 +72,7 @@ def delta_rule(
         _check_state("delta_rule", state, sequences, k, v)
     resolved = backends.resolve("delta_rule", backend, q.device, triton_op.refusal(q, v, ranked=ranked))
     if resolved == "triton":  # nothing in it that autocast would touch
-        return triton_op.delta_rule(q, k, v, g, b, w, own, q.shape[-1] ** -0.5 if scale is None else scale, state, cu_seqlens)
+        return triton_op.delta_rule(q, k, v, g, b, w, own, q.shape[-1] ** -0.5 if scale is None else float(scale), state, cu_seqlens)
     with torch.autocast(q.device.type, enabled=False):
         return reference.chunkwise(q, k, v, g, b, w, own=own, scale=scale, state=state, cu_seqlens=cu_seqlens)
 
@@ -95,7 +95,7 @@ def delta_rule_step(
     """
     _check(q, k, v, g, b, w, axes="B H")
     _check_state("delta_rule_step", state, q.shape[0], k, v)
-    scale = q.shape[-1] ** -0.5 if scale is None else scale
+    scale = q.shape[-1] ** -0.5 if scale is None else float(scale)  # a number of another kind would be compiled for
     if backends.resolve("delta_rule_step", backend, q.device, triton_step.refusal(q, k, v, g, b, w, state)) == "triton":
         return triton_step.delta_rule_step(q, k, v, g, b, w, scale, state)
     dtype, heads = reference.accumulator_dtype(v), v.shape[-2]

@@ -140,19 +140,24 @@ def _settings(
 
 
 def as_rows(x: Tensor) -> Tensor:
-    """x [B, T, H, X] such that a kernel can read it as rows of tokens: heads and channels contiguous, batch and time one axis; else a copy.
+    """x [B, T, H, X] such that a kernel can read it as rows of tokens: heads and channels contiguous, batch and time one axis, and rows that are a
+    multiple of 16 bytes begin at one, as asynchronous copies need; else a copy.
 
     Stride 1 of what is returned is that of a token; its shape is x's or [1, M, H, X].
     """
     batch, tokens, heads, channels = x.shape
-    if tokens > 1 and heads * channels < 2**31 // CHUNK and x.is_contiguous():
+    size = x.element_size()
+    pieces = channels * size % 16 == 0
+    aligned = not pieces or x.data_ptr() % 16 == 0
+    if tokens > 1 and heads * channels < 2**31 // CHUNK and aligned and x.is_contiguous():
         return x
     of_batch, of_token, of_head, of_channel = x.stride()
     stride = of_token if tokens > 1 else of_batch if batch > 1 else heads * channels
     dense = (channels == 1 or of_channel == 1) and (heads == 1 or of_head == channels)
     dense = dense and (batch == 1 or of_batch == tokens * stride) and stride >= heads * channels
-    if not dense or stride * CHUNK >= 2**31:  # inside a chunk offsets are 32 bit
-        x, stride = x.contiguous(), heads * channels
+    aligned = aligned and not (pieces and stride * size % 16)
+    if not dense or not aligned or stride * CHUNK >= 2**31:  # inside a chunk offsets are 32 bit
+        x, stride = x.clone(memory_format=torch.contiguous_format), heads * channels
     return x.as_strided((1, batch * tokens, heads, channels), (batch * tokens * stride, stride, channels, 1))
 
 

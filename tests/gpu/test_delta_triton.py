@@ -5,6 +5,7 @@ The same tests run on a GPU and, with few small cases, in the interpreter.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import partial
 from itertools import product
 from typing import Any
@@ -234,6 +235,25 @@ def test_one_token_a_sequence_in_slices_of_a_wide_tensor() -> None:
     expected_ = recurrent(**{name: x.double() for name, x in leaves.items()})
     for x, y in zip(got, expected_, strict=True):
         torch.testing.assert_close(x.double(), y, rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("width", [0, 1])  # of what stands beside them in a row of memory: an offset alone, and rows at odd distances
+def test_rows_at_odd_places(width: int) -> None:
+    """Views whose rows do not begin at multiples of 16 bytes, or not even of four, as in a fused projection of odd width; incoming gradients too."""
+    inputs = make(case_of("gdn2", *((128, 128) if ON_GPU else (16, 16)), tokens=70, state=False)).rounded(LOW, DEVICE)
+
+    def placed(x: Tensor) -> Tensor:
+        batch, tokens, heads, channels = x.shape
+        row = heads * channels + width
+        return x.new_zeros(batch * tokens * row + 1)[1:].view(batch, tokens, row)[..., : heads * channels].unflatten(-1, (heads, channels)).copy_(x)
+
+    def results(place: Callable[[Tensor], Tensor]) -> list[Tensor]:
+        leaves = [place(x).requires_grad_() for x in inputs.leaves.values()]
+        o, _ = delta_rule(**dict(zip(inputs.leaves, leaves, strict=True)), backend="triton")
+        return [o, *torch.autograd.grad(o, leaves, place(torch.ones_like(o)))]
+
+    for got, wanted in zip(results(placed), results(lambda x: x.clone()), strict=True):
+        assert torch.equal(got, wanted)
 
 
 @pytest.mark.parametrize("only", [0, 1])
