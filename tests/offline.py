@@ -118,7 +118,7 @@ def launches(architecture: str) -> Iterator[dict[str, Compilation]]:
 def launch(problem: Problem, dtype: torch.dtype) -> None:
     """Runs an op, forward and backward, on its kernels; for use inside `launches`."""
     rounded = problem.to(dtype)
-    problems.run(rounded, problems.call(rounded, "triton"))
+    checks.both_ways(rounded, problems.call(rounded, "triton"))
 
 
 def tables() -> dict[str, tiles.TileTable]:
@@ -138,13 +138,13 @@ def record(architecture: str, chosen: Iterable[Trial]) -> dict[str, Compilation]
     with launches(architecture) as found:
         for trial in chosen:
             with suppress(NotImplementedError):
-                launch(problem_of(trial.check, trial.size), trial.dtype)
+                launch(problem_of(trial), trial.dtype)
     return found
 
 
 @cache
-def problem_of(check: checks.Check, size: int) -> Problem:
-    return check.make(size)
+def problem_of(trial: Trial) -> Problem:
+    return trial.problem()
 
 
 def representative(found: Iterable[Compilation]) -> list[Compilation]:

@@ -301,7 +301,7 @@ def test_the_key_follows_the_sources(tmp_path: Path) -> None:
 
 def test_processes_share_the_trials(monkeypatch: pytest.MonkeyPatch) -> None:
     trials = checks.select(["l2_norm"], [torch.float32], [32])
-    assert [checks.find(trial.label) for trial in trials] == trials
+    assert [checks.find(trial.check.op, trial.check.name, *trial[1:]) for trial in trials] == trials
     (result,) = verdict.in_processes(trials, torch.device("cpu"), 1)
     assert result == checks.attempt(trials[0], torch.device("cpu"))
     monkeypatch.setattr(verdict, "PROCESSES", 2)

@@ -21,7 +21,7 @@ from triton import knobs
 
 from kernels import tiles
 from kernels.tiles import ARCHITECTURES, SHARED_MEMORY, Key, Tile, TileTable
-from recipes.commands import problems
+from recipes.commands import checks, problems
 from recipes.commands.problems import Shape
 
 pytestmark = pytest.mark.skipif(bool(knobs.runtime.interpret), reason="Triton was loaded as an interpreter")
@@ -247,8 +247,18 @@ def test_every_row_and_every_safe_tile_is_launched(architecture: str, picked_and
 # --- what a training launches is tried before ---
 
 DELTAS = ("gdn2", "kda", "gdn", "deltanet", "gla")
-TRAININGS = [*((mixer, (16, 128, 128, 1)) for mixer in DELTAS), ("mamba2", (1, 64, 64, 72)), ("mamba2", (1, 128, 64, 72))]  # heads, K, V, groups
-CHANGED = ("K", "V", "G", "B", "W", "PACKED", "BV", "BK")
+TRAININGS = [  # heads, K, V, groups
+    *((mixer, (16, 128, 128, 1)) for mixer in DELTAS),
+    ("gdn2", (4, 32, 32, 1)),
+    ("gdn2", (4, 256, 256, 1)),
+    ("kda", (8, 64, 64, 1)),
+    ("gdn", (6, 128, 256, 1)),
+    ("gla", (4, 64, 128, 1)),
+    ("linear_attention", (8, 64, 65, 1)),
+    ("mamba2", (1, 64, 64, 72)),
+    ("mamba2", (1, 128, 64, 72)),
+]
+CHANGED = ("K", "V", "G", "B", "W", "PACKED", "BV", "BK", "SAVE", "INITIAL")
 
 
 def instances(found: Iterable[offline.Compilation]) -> set[tuple[Any, ...]]:
@@ -259,10 +269,10 @@ def instances(found: Iterable[offline.Compilation]) -> set[tuple[Any, ...]]:
 
 @pytest.mark.parametrize("architecture", ["sm_90", "sm_80"])
 @pytest.mark.parametrize(("mixer", "sizes"), TRAININGS)
-def test_doctor_tries_every_kernel_that_a_training_launches(architecture: str, mixer: str, sizes: tuple[int, ...]) -> None:
-    """Packed documents and 1 to 32 sequences, in bfloat16, by the trials of that mixer alone, which are what `fit` runs."""
+def test_every_kernel_that_a_training_launches_is_tried_before_it(architecture: str, mixer: str, sizes: tuple[int, ...]) -> None:
+    """Packed documents and 1 to 32 sequences, in bfloat16, with gradients and without, by the trials that `fit` runs for heads of these sizes."""
     heads, k_dim, v_dim, groups = sizes
-    trials = [trial for trial in offline.trials() if trial.check.op == "delta_rule" and trial.check.mixer == mixer and trial.dtype == torch.bfloat16]
+    trials = checks.select(["delta_rule"], [torch.bfloat16], [k_dim], {mixer}, {mixer: {(k_dim, v_dim)}})
     tried = instances(offline.record(architecture, trials).values())
     with offline.launches(architecture) as launched:
         for batch, packed in ((1, True), (1, False), (2, False), (4, False), (8, False), (32, False)):

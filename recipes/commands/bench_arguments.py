@@ -19,14 +19,16 @@ DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch
 OUT = Path("docs/benchmarks")
 
 
-def add_common(parser: Arguments, shapes: str = SHAPES) -> None:
-    """Arguments of every subcommand that times something."""
-    parser.add_argument("--shapes", default=shapes, help="batch x tokens, with commas between them (%(default)s)")
+def add_common(parser: Arguments, shapes: str | None = SHAPES, rows: bool = True) -> None:
+    """Arguments of subcommands that time something: with `shapes` at shapes, these unless others are given, with `rows` beside others, for a table."""
+    if shapes is not None:
+        parser.add_argument("--shapes", default=shapes, help="batch x tokens, with commas between them (%(default)s)")
     parser.add_argument("--dtype", default="bfloat16", help=f"of {', '.join(DTYPES)} (%(default)s)")
-    parser.add_argument("--baseline", default="", help="other implementations beside ours: fla, sdpa, mamba_ssm (default: none)")
-    parser.add_argument("--out", type=Path, default=OUT, help="folder whose CSV file the rows are added to (%(default)s)")
-    parser.add_argument("--commit", help="the commit that the rows name (default: what git says, or unknown)")
     parser.add_argument("--budget_ms", type=float, default=1000.0, help="about how long a set of implementations is timed (%(default)s)")
+    if rows:
+        parser.add_argument("--baseline", default="", help="other implementations beside ours: fla, sdpa, mamba_ssm (default: none)")
+        parser.add_argument("--out", type=Path, default=OUT, help="folder whose CSV file the rows are added to (%(default)s)")
+        parser.add_argument("--commit", help="the commit that the rows name (default: what git says, or unknown)")
 
 
 def add_heads(parser: Arguments) -> None:
@@ -85,4 +87,4 @@ def prepare(given: Namespace) -> bench_rows.Machine:
     if not 0 < given.budget_ms < math.inf:
         raise ConfigError(f"budget_ms: must be > 0 and finite, got {given.budget_ms:g}")
     needs_gpu()
-    return bench_rows.this_machine(given.commit)
+    return bench_rows.this_machine(getattr(given, "commit", None))

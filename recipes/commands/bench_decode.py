@@ -127,7 +127,7 @@ def _batches(text: str) -> list[int]:
 
 def _parser() -> Arguments:
     parser = Arguments("python -m recipes bench decode", "Times one decode step, in a CUDA graph and eager, beside a copy of the state.")
-    add_common(parser, "")
+    add_common(parser, None)
     parser.add_argument("--batches", default="1,32,256", help="numbers of sequences (%(default)s)")
     parser.add_argument("--mixer", default="gdn2", help="whose gates the step gets (%(default)s)")
     parser.add_argument("--heads", type=int, default=16, help="heads (%(default)s)")

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from kernels.tiles import Key, Tile, TileTable, architecture
-from mixers.errors import unknown
+from mixers.errors import ConfigError, unknown
 from recipes.commands import bench_groups, problems
 from recipes.commands.arguments import Arguments
 from recipes.commands.bench_arguments import add_common, add_heads, dtype_of, prepare, problem_shapes
@@ -70,6 +70,9 @@ def run(argv: list[str]) -> int:
                     found = tune(table, kernel, key, work, clock, TOLERANCE[dtype], given.budget_ms, listed)
                     report(f"{table.op}: {kernel}, {shape.batch} x {shape.tokens:,} tokens", key, found)
                 done.add((kernel, key))
+        launched = sorted({kernel for kernel, _ in done})
+        if given.kernel not in (None, *launched):
+            raise ConfigError(f"kernel: {given.op} launches no {given.kernel} at {shape.batch}x{shape.tokens}, but {', '.join(launched)}")
     return 0
 
 
@@ -187,7 +190,7 @@ def source(tile: Tile) -> str:
 
 def _parser() -> Arguments:
     parser = Arguments("python -m recipes bench tune", "Times candidate tiles of an op's kernels and prints the rows for its tiles.py.")
-    add_common(parser, "4x4096")
+    add_common(parser, "4x4096", rows=False)
     parser.add_argument("--op", default="delta", help=f"of {', '.join(TABLES)} (%(default)s)")
     parser.add_argument("--kernel", help="only this kernel of the op's table (default: every one that is launched)")
     parser.add_argument("--mixer", default="gdn2", help="whose gates the delta rule gets (%(default)s)")

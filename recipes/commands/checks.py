@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from functools import partial
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -18,9 +18,14 @@ from recipes.commands.problems import Draw, Problem, Shape
 # of the largest entry of each tensor: above what rounding does in these dtypes (docs/numerics.md), far below what a wrong kernel does
 TOLERANCE = {torch.float32: 3e-5, torch.float16: 5e-3, torch.bfloat16: 4e-2}
 HEAD_SIZES = (32, 64, 128, 256)
-FULL_SIZES = (128,)
+FULL_SIZES, MOST_SIZES = (128,), (64, 128)
 LONG = 4096  # tokens of the one long sequence
+# Value columns of all sequences and heads: tiles of the serial passes depend on them, on sm_90 others from 2,113, 4,225 and 8,449 on.
+COLUMNS = (2048, 4096, 8192, 16384)
 MANY = ("gdn2", "kda", "gdn", "deltanet", "gla")  # whose serial passes are launches of their own
+
+
+INFERENCE = ", without gradients"
 
 
 class Check(NamedTuple):
@@ -28,9 +33,10 @@ class Check(NamedTuple):
 
     name: str
     op: str
-    make: Callable[[int], Problem]  # of a head size, in float64 on the CPU
+    make: Callable[..., Problem]  # of a head size, in float64 on the CPU
     sizes: tuple[int, ...] = FULL_SIZES
     mixer: str | None = None  # whose gate widths these are; None: of no one mixer
+    of_heads: bool = False  # `make` takes the size of values too, so that a model's own heads can be tried
 
 
 class Trial(NamedTuple):
@@ -39,10 +45,17 @@ class Trial(NamedTuple):
     check: Check
     size: int
     dtype: torch.dtype
+    v_size: int | None = None  # of values, where it is another
 
     @property
     def label(self) -> str:
-        return f"{self.check.op}: {self.check.name}, head size {self.size}, {str(self.dtype).removeprefix('torch.')}"
+        size = str(self.size) if self.v_size is None else f"{self.size} x {self.v_size}"
+        return f"{self.check.op}: {self.check.name}, head size {size}, {str(self.dtype).removeprefix('torch.')}"
+
+    def problem(self) -> Problem:
+        """In the trial's dtype, on the CPU."""
+        sizes = (self.size,) if self.v_size is None else (self.size, self.v_size)
+        return self.check.make(*sizes).to(self.dtype)
 
 
 class Result(NamedTuple):
@@ -54,8 +67,8 @@ class Result(NamedTuple):
     note: str  # the worst tensor, why nothing was computed, or what was raised
 
 
-def _small(size: int, groups: int = 1) -> Shape:
-    return Shape(2, 130, 2, size, size, groups)
+def _small(n: int, v: int | None = None, groups: int = 1) -> Shape:
+    return Shape(2, 130, 2, n, v or n, groups)
 
 
 def _layer(size: int) -> Shape:
@@ -63,28 +76,27 @@ def _layer(size: int) -> Shape:
     return Shape(1, 150, 16, size, size)
 
 
-def _delta(n: int, *, mixer: str) -> Problem:
-    return problems.delta_rule(mixer, _small(n), Draw(), extreme=True, state=True)
+def _delta(n: int, v: int | None = None, *, mixer: str) -> Problem:
+    return problems.delta_rule(mixer, _small(n, v), Draw(), extreme=True, state=True)
 
 
-def _packed(n: int, *, mixer: str) -> Problem:
-    return problems.delta_rule(mixer, _small(n, 2), Draw(seed=1), packed=True, state=True)
+def _packed(n: int, v: int | None = None, *, mixer: str) -> Problem:
+    return problems.delta_rule(mixer, _small(n, v, 2), Draw(seed=1), packed=True)
 
 
-def _long(n: int) -> Problem:
+def _long(n: int, v: int | None = None) -> Problem:
     """Few programs in the serial passes, and many chunks."""
-    return problems.delta_rule("gdn2", Shape(1, LONG, 1, n, n), Draw(seed=2))
+    return problems.delta_rule("gdn2", Shape(1, LONG, 1, n, v or n), Draw(seed=2))
 
 
 def _unequal(n: int, *, mixer: str, packed: bool = False) -> Problem:
     """K != V, each half of the other's: kernels of their own."""
     k_dim, v_dim = (n // 2, n) if mixer == "gla" else (n, n // 2)
-    return problems.delta_rule(mixer, Shape(2, 130, 2, k_dim, v_dim, 2), Draw(seed=5), extreme=True, packed=packed, state=True)
+    return problems.delta_rule(mixer, _small(k_dim, v_dim, 2), Draw(seed=5), extreme=True, packed=packed, state=True)
 
 
-def _many(n: int, *, mixer: str, batch: int) -> Problem:
-    """The tiles of the serial passes depend on how many sequences there are."""
-    return problems.delta_rule(mixer, Shape(batch, 70, 4, n, n), Draw(seed=4))
+def _many(n: int, v: int | None = None, *, mixer: str, columns: int) -> Problem:
+    return problems.delta_rule(mixer, Shape(max(1, columns // (4 * (v or n))), 70, 4, n, v or n), Draw(seed=4))
 
 
 def _step(n: int, *, batch: int) -> Problem:
@@ -99,8 +111,8 @@ def _ranked(make: Callable[..., Problem], n: int, *, ranks: int) -> Problem:
     return make(_layer(n), Draw(seed=ranks), ranks=ranks)
 
 
-def _own(n: int, *, ranks: int, packed: bool) -> Problem:
-    return problems.ranked_delta_rule(_small(n), Draw(seed=6), ranks=ranks, packed=packed)
+def _own(n: int, v: int | None = None, *, ranks: int, packed: bool) -> Problem:
+    return problems.ranked_delta_rule(_small(n, v), Draw(seed=6), ranks=ranks, packed=packed)
 
 
 def _whole(n: int, *, heads: int) -> Problem:
@@ -113,21 +125,20 @@ def _gates(n: int, *, mixer: str) -> Problem:
 
 def _table() -> Iterator[Check]:
     for mixer in problems.WIDTHS:
-        most = mixer in ("gdn2", "mamba2")
-        yield Check(f"{mixer}, extreme gates", "delta_rule", partial(_delta, mixer=mixer), HEAD_SIZES if most else FULL_SIZES, mixer)
-        yield Check(f"{mixer}, packed, grouped heads", "delta_rule", partial(_packed, mixer=mixer), (64, 128) if most else FULL_SIZES, mixer)
-    yield Check("gdn2, one long sequence", "delta_rule", _long, mixer="gdn2")
+        widest = HEAD_SIZES if mixer in ("gdn2", "mamba2") else MOST_SIZES
+        yield Check(f"{mixer}, extreme gates, a state", "delta_rule", partial(_delta, mixer=mixer), widest, mixer, of_heads=True)
+        yield Check(f"{mixer}, packed, grouped heads", "delta_rule", partial(_packed, mixer=mixer), MOST_SIZES, mixer, of_heads=True)
+        for columns in COLUMNS if mixer in MANY else COLUMNS[:1]:
+            make = partial(_many, mixer=mixer, columns=columns)
+            yield Check(f"{mixer}, {columns:,} columns of values", "delta_rule", make, MOST_SIZES, mixer, of_heads=True)
+    yield Check("gdn2, one long sequence", "delta_rule", _long, mixer="gdn2", of_heads=True)
     for mixer in ("gdn2", "gla", "mamba2"):
-        yield Check(f"{mixer}, K and V unequal", "delta_rule", partial(_unequal, mixer=mixer), (64, 128), mixer)
-    yield Check("mamba2, K and V unequal, packed", "delta_rule", partial(_unequal, mixer="mamba2", packed=True), (64, 128), "mamba2")
-    for mixer in MANY:
-        batches, sizes = ((8, 16, 32, 40), (64, 128)) if mixer == "gdn2" else ((8, 16, 32), FULL_SIZES)
-        for batch in batches:
-            yield Check(f"{mixer}, {batch} sequences", "delta_rule", partial(_many, mixer=mixer, batch=batch), sizes, mixer)
+        yield Check(f"{mixer}, K and V unequal", "delta_rule", partial(_unequal, mixer=mixer), MOST_SIZES, mixer)
+    yield Check("mamba2, K and V unequal, packed", "delta_rule", partial(_unequal, mixer="mamba2", packed=True), MOST_SIZES, "mamba2")
     yield Check("gdn2, one token", "delta_rule_step", lambda n: problems.delta_rule_step("gdn2", _small(n), Draw(), extreme=True), HEAD_SIZES)
     for batch in (8, 72):  # of 16 heads: the kernel's blocks depend on how many states there are
         yield Check(f"gdn2, one token of {batch} sequences", "delta_rule_step", partial(_step, batch=batch))
-    yield Check("kda, one token", "delta_rule_step", lambda n: problems.delta_rule_step("kda", _small(n, 2), Draw()))
+    yield Check("kda, one token", "delta_rule_step", lambda n: problems.delta_rule_step("kda", _small(n, groups=2), Draw()))
     yield Check("SiLU and norm, packed", "causal_conv1d", lambda n: problems.causal_conv1d(_layer(n), Draw(), packed=True, state=True), HEAD_SIZES)
     yield Check("SiLU", "causal_conv1d", lambda n: problems.causal_conv1d(_layer(n), Draw(), norm=False))
     for taps in (2, 3):
@@ -141,8 +152,8 @@ def _table() -> Iterator[Check]:
         yield Check(f"no gate, {heads} heads together", "gated_rms_norm", partial(_whole, heads=heads), mixer="mamba2")
     yield Check("queries and keys", "l2_norm", lambda n: problems.l2_norm(_layer(n), Draw()), HEAD_SIZES)
     for ranks in (1, 4):
-        yield Check(f"mamba3, rank {ranks}", "delta_rule", partial(_own, ranks=ranks, packed=False), (64, 128), "mamba3")
-        yield Check(f"mamba3, rank {ranks}, packed", "delta_rule", partial(_own, ranks=ranks, packed=True), mixer="mamba3")
+        yield Check(f"mamba3, rank {ranks}", "delta_rule", partial(_own, ranks=ranks, packed=False), MOST_SIZES, "mamba3", of_heads=True)
+        yield Check(f"mamba3, rank {ranks}, packed", "delta_rule", partial(_own, ranks=ranks, packed=True), mixer="mamba3", of_heads=True)
         yield Check(f"mamba3, rank {ranks}", "gated_skip", partial(_ranked, problems.gated_skip, ranks=ranks), HEAD_SIZES)
     yield Check("mamba3, rank 4", "rank_values", partial(_ranked, problems.rank_values, ranks=4))
     yield Check("mamba3, packed", "rotary_keys", lambda n: problems.rotary_keys(_layer(n), Draw(), ranks=1, packed=True), HEAD_SIZES)
@@ -163,24 +174,30 @@ def select(
     dtypes: Iterable[torch.dtype] = tuple(TOLERANCE),
     sizes: Iterable[int] | None = None,
     mixers: Iterable[str] | None = None,
+    heads: Mapping[str, Iterable[tuple[int, int]]] | None = None,
 ) -> list[Trial]:
     """The trials of some ops (None: all there are), dtypes, head sizes and mixers (None: all).
 
-    float16 shares its tiles with bfloat16 and is tried at one head size only, unless it is the only dtype.
+    `heads`: K and V of a mixer's heads, which then take the place of the sizes of its checks. float16 shares its tiles with bfloat16 and is tried at
+    one head size only, unless it is the only dtype.
     """
     legal, wanted, chosen = set(ops() if found is None else found), tuple(dtypes), None if mixers is None else set(mixers)
     of = [check for check in CHECKS if check.op in legal and (check.mixer is None or chosen is None or check.mixer in chosen)]
-    trials = [Trial(check, size, dtype) for check in of for size in check.sizes for dtype in wanted]
-    if len(wanted) > 1:
-        trials = [trial for trial in trials if trial.dtype != torch.float16 or trial.size in FULL_SIZES]
     near = None if sizes is None else {min((n for n in HEAD_SIZES if n >= size), default=max(HEAD_SIZES)) for size in sizes}
-    return [trial for trial in trials if near is None or trial.size in near or len(trial.check.sizes) == 1]
+    trials = []
+    for check in of:
+        exact = sorted(set((heads or {}).get(check.mixer or "", ()))) if check.of_heads else []
+        trials += [Trial(check, k, dtype, None if v == k else v) for k, v in exact for dtype in wanted]
+        listed = [] if exact else [size for size in check.sizes if near is None or size in near or len(check.sizes) == 1]
+        trials += [
+            Trial(check, size, dtype) for size in listed for dtype in wanted if len(wanted) == 1 or dtype != torch.float16 or size in FULL_SIZES
+        ]
+    return trials
 
 
-def find(label: str) -> Trial:
-    """The trial of a label."""
-    everything = (Trial(check, size, dtype) for check in CHECKS for size in check.sizes for dtype in TOLERANCE)
-    return next(trial for trial in everything if trial.label == label)
+def find(op: str, name: str, size: int, dtype: torch.dtype, v_size: int | None) -> Trial:
+    """The trial of an op's check."""
+    return Trial(next(check for check in CHECKS if (check.op, check.name) == (op, name)), size, dtype, v_size)
 
 
 def oracle(problem: Problem) -> dict[str, Tensor]:
@@ -193,17 +210,29 @@ def oracle(problem: Problem) -> dict[str, Tensor]:
 
 
 def attempt(trial: Trial, device: torch.device) -> Result:
-    """Runs a trial on `device`: on its kernels if they take it, else on the reference."""
-    problem = trial.check.make(trial.size).to(trial.dtype)
+    """Runs a trial on `device`, with gradients and without: on its kernels if they take it, else on the reference."""
+    problem = trial.problem()
     wanted = "auto" if backends.why_not(trial.check.op, device) or device.type == "cpu" else "triton"
     there = problem.to(trial.dtype, device)
     try:
-        got = problems.run(there, problems.call(there, wanted))
+        got = both_ways(there, problems.call(there, wanted))
     except backends.RefusedError as error:  # the kernels refuse this dtype or size: "auto" takes the reference there
         return Result(trial.label, True, None, f"runs on the reference: {error}")
     except Exception as error:  # a compiler that fails raises whatever it likes; it is the answer that was asked for
         return Result(trial.label, False, None, f"{type(error).__name__}: {' '.join(str(error).split())[:200]}")
-    return judge(trial, {name: x.cpu() for name, x in got.items()}, oracle(problem))
+    exact = oracle(problem)
+    if problem.cotangents:
+        exact |= {name + INFERENCE: exact[name] for name in problems.OUTPUTS[problem.op] if name in exact}
+    return judge(trial, {name: x.cpu() for name, x in got.items()}, exact)
+
+
+def both_ways(problem: Problem, function: Callable[..., Any]) -> dict[str, Tensor]:
+    """As `problems.run`, and the outputs of a second call that keeps nothing for gradients: some kernels are others then."""
+    results = problems.run(problem, function)
+    if problem.cotangents:
+        outputs = problems.run(problem._replace(cotangents={}), function)
+        results |= {name + INFERENCE: x for name, x in outputs.items()}
+    return results
 
 
 def judge(trial: Trial, got: dict[str, Tensor], expected: dict[str, Tensor]) -> Result:

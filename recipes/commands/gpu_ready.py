@@ -121,7 +121,8 @@ def describe(calls: list[Call] | None) -> str:
 
 
 def trials(lm: DecoderLM, calls: dict[str, list[Call] | None], dtype: torch.dtype) -> list[Trial]:
-    """The checks of the kernels that a model uses, in its dtype and near its head sizes; all of them for a mixer that could not be traced."""
+    """The checks of the kernels that a model uses, in its dtype: recurrences with the model's own head sizes, other ops near them; all of them for a
+    mixer that could not be traced."""
     unknown = None in calls.values()
     ops = None if unknown else {call.op for found in calls.values() for call in found or () if call.backend == "triton"}
     mixed = [mixer for name, (mixer, _) in distinct(lm).items() if calls[name]]  # attention and the like have no kernels of ours
@@ -130,7 +131,20 @@ def trials(lm: DecoderLM, calls: dict[str, list[Call] | None], dtype: torch.dtyp
     names = {str((settings.get(name) or {}).get("mixer", name)) for name in lm.layer_names}
     families = names & checks.MIXERS
     others = unknown or any(name not in registry.available() for name in names)
-    return checks.select(ops, [dtype], None if others else sizes, None if others else families)
+    if others:
+        return checks.select(ops, [dtype])
+    heads: dict[str, set[tuple[int, int]]] = defaultdict(set)
+    for name, (mixer, _) in distinct(lm).items():
+        family = str((settings.get(name) or {}).get("mixer", name))
+        if family in families and calls[name]:
+            heads[family].add(head_sizes(mixer))
+    return checks.select(ops, [dtype], sizes, families, heads)
+
+
+def head_sizes(mixer: SequenceMixer[Any]) -> tuple[int, int]:
+    """K and V of the heads of a recurrence that has checks of its own."""
+    S = getattr(mixer.init_state(1, device="meta"), "S", None)
+    return (mixer.d_state, mixer.head_dim) if S is None else (S.shape[-2], S.shape[-1])  # type: ignore[return-value]
 
 
 def refuse_wrong(results: list[Result], gpu: str) -> None:

@@ -131,7 +131,7 @@ def in_processes(trials: Sequence[Trial], device: torch.device, processes: int) 
     try:
         # what takes longest to compile first: float32 is split into three products
         longest = sorted(trials, key=lambda trial: (trial.size, trial.dtype.itemsize), reverse=True)
-        futures = {trial: pool.submit(_attempt, trial.label, device) for trial in longest}
+        futures = {trial: pool.submit(_attempt, (trial.check.op, trial.check.name, *trial[1:]), device) for trial in longest}
         for trial in trials:
             try:
                 result = futures[trial].result()
@@ -149,8 +149,8 @@ def _begin(device: torch.device) -> None:
         torch.cuda.set_device(device)
 
 
-def _attempt(label: str, device: torch.device) -> Result:
-    return checks.attempt(checks.find(label), device)
+def _attempt(names: tuple[str, str, int, torch.dtype, int | None], device: torch.device) -> Result:
+    return checks.attempt(checks.find(*names), device)
 
 
 def prove(
