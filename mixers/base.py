@@ -120,6 +120,9 @@ class SequenceMixer(nn.Module, ABC, Generic[StateT]):
             raise ValueError(f"{type(self).__name__}: the state must hold {sequences} sequences, its tensors have shapes {got}")
 
 
+MOST_NAMED = 16  # of the legal values in a message, those nearest to the one that was given
+
+
 def at_least_one(**settings: Any) -> None:
     """Raises ConfigError for the first of `settings` that is not an integer >= 1."""
     for name, value in settings.items():
@@ -146,8 +149,11 @@ def multiple_of(name: str, value: int, base_name: str, base: int) -> None:
 def divides(name: str, value: int, whole: int, what: str) -> None:
     """Raises ConfigError unless `value` divides `whole`, which is the number of `what`."""
     if whole % value:
-        legal = ", ".join(str(n) for n in range(1, whole + 1) if whole % n == 0)
-        raise ConfigError(f"{name}: {value} does not divide {what} (legal: {legal})")
+        small = [n for n in range(1, math.isqrt(whole) + 1) if whole % n == 0]
+        near = sorted({*small, *(whole // n for n in small)}, key=lambda n: abs(n - value))[:MOST_NAMED]
+        raise ConfigError(
+            f"{name}: {value} does not divide {what} (legal: {', '.join(map(str, sorted(near)))}{', ...' if len(near) == MOST_NAMED else ''})"
+        )
 
 
 def default_head_dim(name: str, given: int | None, width: int, num_heads: int) -> int:
@@ -170,25 +176,42 @@ def load_named(module: nn.Module, state_dict: Mapping[str, Tensor], table: Mappi
         source: the other package, for messages.
 
     Raises:
-        ConfigError: a tensor that is missing, has another shape, no real numbers, or is not in the table; nothing is changed then.
+        ConfigError: a tensor that is missing, has another shape, no finite real numbers, or is not in the table; nothing is changed then.
     """
     own = dict(module.named_parameters())
     names = {theirs: ours for theirs, ours in table.items() if ours in own}
+    if not isinstance(state_dict, Mapping):
+        raise ConfigError(f"state dict of {source}: must be a mapping of names to tensors, got {type(state_dict).__name__}")
     for theirs, ours in names.items():
         if theirs not in state_dict:
-            raise ConfigError(f"state dict of {source}: has no tensor {theirs} (it has: {', '.join(sorted(state_dict)) or 'none'})")
-        value: Any = state_dict[theirs]
-        if not isinstance(value, Tensor) or value.is_meta or not value.is_floating_point():
-            kind = "a tensor without values" if getattr(value, "is_meta", False) else getattr(value, "dtype", type(value).__name__)
-            raise ConfigError(f"state dict of {source}: {theirs} must be a tensor of floating-point numbers, got {kind}")
-        if state_dict[theirs].shape != own[ours].shape:
-            found, needed = list(state_dict[theirs].shape), list(own[ours].shape)
-            raise ConfigError(f"state dict of {source}: {theirs} has the shape {found}, this layer's is {needed}")
-    if more := sorted(state_dict.keys() - names.keys()):
+            raise ConfigError(f"state dict of {source}: has no tensor {theirs} (it has: {', '.join(sorted(map(str, state_dict))) or 'none'})")
+        if why := _unfit(state_dict[theirs], own[ours]):
+            raise ConfigError(f"state dict of {source}: {theirs} {why}")
+    if more := sorted(map(str, state_dict.keys() - names.keys())):
         raise ConfigError(f"state dict of {source}: has the tensor {more[0]}, which this layer does not have (legal: {', '.join(names)})")
     with torch.no_grad():
         for theirs, ours in names.items():
             own[ours].copy_(state_dict[theirs])
+
+
+def _unfit(value: Any, parameter: Tensor) -> str | None:
+    """Why a parameter cannot take a value; None if it can."""
+    if not isinstance(value, Tensor) or value.is_meta or value.layout != torch.strided or not value.is_floating_point():
+        kind = (
+            type(value).__name__
+            if not isinstance(value, Tensor)
+            else "a tensor without values"
+            if value.is_meta
+            else f"{value.dtype}, {value.layout}"
+        )
+        return f"must be a tensor of floating-point numbers, got {kind}"
+    if value.shape != parameter.shape:
+        return f"has the shape {list(value.shape)}, this layer's is {list(parameter.shape)}"
+    if parameter.is_meta:
+        return "cannot be taken: this layer is on the meta device, without memory"
+    if not value.to(parameter.dtype).isfinite().all():
+        return f"has numbers that are not finite in {parameter.dtype}"
+    return None
 
 
 def linear_flops(module: nn.Module, tokens: int) -> int:

@@ -155,7 +155,8 @@ class Mamba2(SequenceMixer[DeltaState]):
         q, k, v = self._heads(mixed)
         g, dt, rate = self.step_size(f)
         before = None if state is None else state.S
-        if self.kernels.resolve(v.device, v.dtype) == "mamba_ssm":
+        chunks = v.shape[0] * -(-v.shape[1] // mamba_ssm.SSD_CHUNK)
+        if self.kernels.resolve(v.device, v.dtype, chunks, "chunks") == "mamba_ssm":
             o, S = mamba_ssm.ssd(q, k, v, dt.squeeze(-1), rate, before, cu_seqlens)
         else:
             o, S = delta_rule(q, k, v, g, None, dt, scale=1.0, state=before, cu_seqlens=cu_seqlens)

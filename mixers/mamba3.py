@@ -103,9 +103,10 @@ class Mamba3(SequenceMixer[Mamba3State]):
         if d_state % 2:
             raise ConfigError(f"d_state: must be even (channels are rotated in pairs), got {d_state}")
         self.mimo_rank, self.rope_fraction = mimo_rank, rope_fraction
-        self.num_angles = int(d_state * rope_fraction) // 2 if 0 < rope_fraction <= 1 else 0
+        is_number = isinstance(rope_fraction, (int, float)) and not isinstance(rope_fraction, bool)
+        self.num_angles = int(d_state * rope_fraction) // 2 if is_number and 0 < rope_fraction <= 1 else 0
         if not self.num_angles:
-            raise ConfigError(f"rope_fraction: must be in [{2 / d_state:g}, 1] (one pair of {d_state} channels at least), got {rope_fraction}")
+            raise ConfigError(f"rope_fraction: must be in [{2 / d_state:g}, 1] (one pair of {d_state} channels at least), got {rope_fraction!r}")
         positive(norm_eps=norm_eps, dt_min=dt_min, dt_max=dt_max, dt_floor=dt_floor, a_floor=a_floor)
         if dt_min > dt_max:
             raise ConfigError(f"dt_min: must be at most dt_max = {dt_max:g}, got {dt_min:g}")
@@ -189,8 +190,15 @@ class Mamba3(SequenceMixer[Mamba3State]):
 
     def check_state(self, state: tuple[Tensor, ...] | None, sequences: int) -> None:
         super().check_state(state, sequences)
-        if state is not None and state[1].shape[1] != self.mimo_rank:
-            raise ValueError(f"Mamba3: the state holds keys of rank {state[1].shape[1]}, mimo_rank is {self.mimo_rank}")
+        if state is None:
+            return
+        H, K, V, R = self.num_heads, self.d_state, self.head_dim, self.mimo_rank
+        shapes = {"u": (H, K, V), "k": (R, H, K), "v": (H, V), "zeta": (H,), "angle": (H, self.num_angles)}
+        for (name, shape), x in zip(shapes.items(), state, strict=True):
+            least = 2 if name in ("k", "v") else 4  # bytes: what sums are kept in is float32 at least
+            if x.shape[1:] != shape or not x.is_floating_point() or x.element_size() < least:
+                kind = "floating-point" if least == 2 else "float32 or float64"
+                raise ValueError(f"Mamba3: the state's {name} must be {kind} of shape {[sequences, *shape]}, got {x.dtype} of {list(x.shape)}")
 
     def step(self, x_BD: Tensor, state: Mamba3State) -> tuple[Tensor, Mamba3State]:
         self.check_state(state, x_BD.shape[0])
@@ -234,9 +242,10 @@ class Mamba3(SequenceMixer[Mamba3State]):
 
     def load_mamba_ssm(self, state_dict: Mapping[str, Tensor]) -> None:
         """Takes the weights of a `mamba_ssm.modules.mamba3.Mamba3` of the same sizes (`headdim`, `ngroups` and `is_outproj_norm` are its names).
+        One with `is_mimo=True` and rank 1 has scales that rank 1 has not here.
 
         Raises:
-            ConfigError: a tensor that is missing, has another shape or is one that this layer does not have; nothing is changed then.
+            ConfigError: a tensor that is missing, does not fit or is one that this layer does not have; nothing is changed then.
         """
         load_named(self, state_dict, MAMBA_SSM, "mamba_ssm")
 

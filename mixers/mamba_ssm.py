@@ -31,7 +31,7 @@ SSD_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 SISO_DTYPES = (torch.bfloat16,)  # its kernels round whatever they get to bfloat16
 AUTO_DTYPES = (torch.bfloat16,)  # of the rows that a mixer's `AUTO` comes from
 SSD_CHUNK, SISO_CHUNK = 256, 64  # the defaults of mamba_ssm's layers
-MOST_SEQUENCES = 65_535  # of a grid's second and third axis
+MOST_PROGRAMS = 65_535  # of a grid's second and third axis
 
 
 class Choice(NamedTuple):
@@ -42,8 +42,9 @@ class Choice(NamedTuple):
     refusal: str | None  # why mamba_ssm cannot run whatever the tensors
     dtypes: tuple[torch.dtype, ...]  # that its kernels keep
 
-    def resolve(self, device: torch.device, dtype: torch.dtype, sequences: int = 1) -> Resolved:
-        """What computes the recurrence for tensors on `device` that the input projection gave in `dtype`.
+    def resolve(self, device: torch.device, dtype: torch.dtype, programs: int = 1, what: str = "sequences") -> Resolved:
+        """What computes the recurrence for tensors on `device` that the input projection gave in `dtype`. `programs`: how many sequences (SISO) or
+        chunks (SSD) there are.
 
         "auto" gives up nothing for speed: mamba_ssm's float32 is tf32, its gradients differ from run to run and compilers leave it alone. It is taken
         in the dtype that was measured, where nobody asked for the same bits and nothing compiles.
@@ -61,8 +62,8 @@ class Choice(NamedTuple):
         elif dtype not in self.dtypes:
             legal = ", ".join(_short(known) for known in self.dtypes)
             why = f"its kernels compute in {legal} here, not {_short(dtype)} (trainer.precision bf16-mixed gives bfloat16)"
-        elif sequences > MOST_SEQUENCES:
-            why = f"it takes {MOST_SEQUENCES:,} sequences at most, got {sequences:,}"
+        elif programs > MOST_PROGRAMS:
+            why = f"it takes {MOST_PROGRAMS:,} {what} at most, got {programs:,}"
         if why is None:
             return "mamba_ssm"
         if self.requested == "auto":
@@ -78,7 +79,7 @@ def choose(backend: str, auto: Mapping[int, Resolved], d_state: int, refusal: st
     """
     if backend not in get_args(Backend):
         raise unknown("backend", "backend", backend, get_args(Backend))
-    refusal = refusal or missing()
+    refusal = None if backend == "delta" else refusal or missing()
     if backend == "mamba_ssm":
         why = refusal or (None if torch.cuda.is_available() else "it needs a CUDA GPU, and torch finds none here")
         if why:
@@ -91,8 +92,16 @@ def choose(backend: str, auto: Mapping[int, Resolved], d_state: int, refusal: st
 
 def missing() -> str | None:
     """Why the package cannot be imported; None if it can."""
-    absent = [name for name, module in (("mamba-ssm", "mamba_ssm"), ("einops", "einops"), ("triton", "triton")) if find_spec(module) is None]
+    needed = (("mamba-ssm", "mamba_ssm"), ("einops", "einops"), ("triton", "triton"))
+    absent = [name for name, module in needed if not _is_there(module)]
     return f"{' and '.join(absent)} {'is' if len(absent) == 1 else 'are'} not installed: {INSTALL}" if absent else None
+
+
+def _is_there(module: str) -> bool:
+    try:
+        return find_spec(module) is not None
+    except ValueError:  # somebody has put another in its place, as one does to get past its `__init__`
+        return True
 
 
 def ssd_refusal(head_dim: int, d_state: int) -> str | None:

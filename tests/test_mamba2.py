@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+import math
 from typing import Any
 
 import pytest
@@ -194,6 +196,13 @@ def test_load_refuses_in_one_line_and_changes_nothing() -> None:
         ({**good, "conv1d.weight": good["conv1d.weight"].squeeze(1)}, "conv1d.weight has the shape [58, 4], this layer's is [58, 1, 4]"),
         ({**good, "norm.weight": [1.0] * 48}, "norm.weight must be a tensor of floating-point numbers, got list"),
         (
+            {**good, "norm.weight": torch.ones(48).to_sparse()},
+            "norm.weight must be a tensor of floating-point numbers, got torch.float32, torch.sparse_coo",
+        ),
+        ({**good, "norm.weight": torch.full((48,), math.nan)}, "norm.weight has numbers that are not finite in torch.float64"),
+        ({**good, 7: torch.ones(1)}, "has the tensor 7, which this layer does not have"),
+        (None, "must be a mapping of names to tensors, got NoneType"),
+        (
             {**good, "norm.weight": torch.ones(48, dtype=torch.complex64)},
             "norm.weight must be a tensor of floating-point numbers, got torch.complex64",
         ),
@@ -209,6 +218,10 @@ def test_load_refuses_in_one_line_and_changes_nothing() -> None:
         assert expected in str(raised.value)
         assert "\n" not in str(raised.value)
     assert all(torch.equal(p, before[name]) for name, p in mixer.named_parameters())
+    with pytest.raises(ConfigError, match=r"norm\.weight has numbers that are not finite in torch\.float32"):
+        copy.deepcopy(mixer).float().load_mamba_ssm({**good, "norm.weight": torch.full((48,), 1e300, dtype=torch.float64)})
+    with pytest.raises(ConfigError, match=r"in_proj\.weight cannot be taken: this layer is on the meta device"):
+        copy.deepcopy(mixer).to("meta").load_mamba_ssm(good)
     mixer.load_mamba_ssm(good)
     assert torch.equal(mixer.step_size.a, good["A_log"])
 

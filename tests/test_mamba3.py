@@ -272,6 +272,7 @@ def test_state_dicts_that_do_not_fit() -> None:
         ({"rope_fraction": 0.2}, r"rope_fraction: must be in \[0.25, 1\] \(one pair of 8 channels at least\), got 0.2"),
         ({"head_dim": 3}, r"head_dim: 3 does not divide expand \* d_model = 16 channels \(legal: 1, 2, 4, 8, 16\)"),
         ({"num_groups": 3}, r"num_groups: 3 does not divide the 4 heads \(expand \* d_model / head_dim\) \(legal: 1, 2, 4\)"),
+        ({"head_dim": 33, "expand": 10**9}, r"head_dim: 33 does not divide expand .* \(legal: 1, 2, .*, 125, \.\.\.\)"),
         ({"d_state": 7}, "d_state: must be even"),
         ({"dt_min": 0.2}, "dt_min: must be at most dt_max = 0.1, got 0.2"),
         ({"dt_min": 0.0}, "dt_min: must be a finite number above 0, got 0.0"),
@@ -290,6 +291,29 @@ def test_bad_settings(settings: dict[str, Any], message: str) -> None:
     assert "\n" not in str(caught.value)
     with pytest.raises(ConfigError, match=f"^mixers.mamba3.{message}"):
         registry.build("mamba3", D, {"mamba3": {**SIZES, **settings}})
+
+
+def test_a_fraction_that_is_no_number() -> None:
+    with pytest.raises(ConfigError, match=r"^rope_fraction: must be in .*, got '0.5'$"):
+        Mamba3(D, **{**SIZES, "rope_fraction": "0.5"})
+
+
+@pytest.mark.parametrize("rank", [1, 4])
+def test_a_state_that_does_not_fit_is_refused(rank: int) -> None:
+    """By each of its tensors and axes: a smaller one would be repeated along that axis. Sums are kept in float32 at least."""
+    mixer = built(mimo_rank=rank)
+    x, state = torch.randn(2, 3, D), mixer.init_state(2)
+    wrong = [
+        (name, bad)
+        for name, t in state._asdict().items()
+        for bad in (*(t.narrow(axis, 0, 1) for axis in range(1, t.ndim) if t.shape[axis] > 1), t.unsqueeze(-1), t.long())
+    ]
+    wrong += [(name, getattr(state, name).half()) for name in ("u", "zeta", "angle")]
+    for name, bad in wrong:
+        for call in (lambda s: mixer(x, s), lambda s: mixer.step(x[:, 0], s)):
+            with pytest.raises(ValueError, match=f"^Mamba3: the state's {name} must be .* of shape ") as raised:
+                call(state._replace(**{name: bad}))
+            assert "\n" not in str(raised.value)
 
 
 @pytest.mark.parametrize("rank", [1, 4])

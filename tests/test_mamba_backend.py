@@ -7,6 +7,7 @@ import sys
 import tomllib
 from collections.abc import Iterator
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import pytest
@@ -248,6 +249,13 @@ def test_missing_packages_are_named_with_the_command(absent: tuple[str, ...], ex
     assert mamba_ssm.missing() == expected + mamba_ssm.INSTALL
     monkeypatch.setattr(mamba_ssm, "find_spec", lambda _: object())
     assert mamba_ssm.missing() is None
+
+
+def test_another_module_in_its_place(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The usual way past the package's `__init__`; a module without a spec, which `find_spec` does not take."""
+    monkeypatch.setitem(sys.modules, "mamba_ssm", ModuleType("mamba_ssm"))
+    for backend in ("auto", "delta"):
+        assert mamba2.Mamba2(64, backend=backend).kernels.requested == backend  # type: ignore[arg-type]
 
 
 def test_the_command_installs_the_version_of_the_extra() -> None:

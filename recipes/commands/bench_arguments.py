@@ -20,7 +20,7 @@ OUT = Path("docs/benchmarks")
 
 
 def add_common(parser: Arguments, shapes: str | None = SHAPES, rows: bool = True) -> None:
-    """Arguments of subcommands that time something: with `shapes` at shapes, these unless others are given, with `rows` beside others, for a table."""
+    """Arguments of subcommands that time something: with `shapes` at shapes, these if no others are given; with `rows` beside others, for a table."""
     if shapes is not None:
         parser.add_argument("--shapes", default=shapes, help="batch x tokens, with commas between them (%(default)s)")
     parser.add_argument("--dtype", default="bfloat16", help=f"of {', '.join(DTYPES)} (%(default)s)")
