@@ -6,6 +6,7 @@ launches are intercepted. Needs Triton itself, not its interpreter (TRITON_INTER
 
 from __future__ import annotations
 
+import re
 import sys
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
@@ -152,8 +153,10 @@ def representative(found: Iterable[Compilation]) -> list[Compilation]:
     data-centre Blackwell, whose tensor cores take 16-bit numbers in another way, one of each width."""
 
     def width(compilation: Compilation) -> int:
-        first = next(t for t in compilation.signature.values() if t.startswith("*"))
-        return int("".join(filter(str.isdigit, first)))
+        first = next(t for t in compilation.signature.values() if t.startswith(("*", "tensordesc<")))
+        found = re.search(r"(?:bf|fp|i)(\d+)", first)
+        assert found is not None, first
+        return int(found.group(1))
 
     def sizes(compilation: Compilation) -> int:
         return prod(value for value in compilation.constants.values() if isinstance(value, int) and value > 0)
