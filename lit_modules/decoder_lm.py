@@ -124,8 +124,9 @@ class DecoderLM(nn.Module):
         residual_scale = (2 * n_layers) ** -0.5
         self.embedding = nn.Embedding(vocab_size, d_model)
         self.layers = nn.ModuleList()
+        makers = {name: registry.builder(name, self.settings["mixers"]) for name in dict.fromkeys(self.layer_names)}
         for name in self.layer_names:
-            mixer = registry.build(name, d_model, self.settings["mixers"])
+            mixer = makers[name](d_model)
             mixer.set_residual_scale(residual_scale)
             mlp = SwiGLU(d_model, mlp_width, init_std=init_std, residual_scale=residual_scale)
             self.layers.append(Block(mixer, mlp, norm_eps))

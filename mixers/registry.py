@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from copy import deepcopy
 from importlib import import_module
 from importlib.metadata import entry_points
 from typing import Any, NamedTuple, get_args, get_type_hints
@@ -113,17 +114,26 @@ def _entry(settings: Mapping[str, Settings], name: str) -> dict[str, Any]:
     return dict(entry or {})
 
 
-def build(name: str, d_model: int, settings: Mapping[str, Settings]) -> SequenceMixer[Any]:
-    """The mixer that `name` in a layout stands for.
+def builder(name: str, settings: Mapping[str, Settings]) -> Callable[[int], SequenceMixer[Any]]:
+    """What makes the mixer that `name` in a layout stands for, a new one a call, of d_model channels: its settings are looked at once.
 
     Raises:
-        ConfigError: as `resolve`, and for sizes the mixer refuses; the message starts with `mixers.<name>`.
+        ConfigError: as `resolve`; and, when called, for sizes the mixer refuses: the message starts with `mixers.<name>`.
     """
     cls, arguments = resolve(name, settings)
-    try:
-        return cls(d_model, **arguments)
-    except ValueError as error:
-        raise ConfigError(f"mixers.{name}.{error}") from error
+
+    def make(d_model: int) -> SequenceMixer[Any]:
+        try:
+            return cls(d_model, **deepcopy(arguments))
+        except ValueError as error:
+            raise ConfigError(f"mixers.{name}.{error}") from error
+
+    return make
+
+
+def build(name: str, d_model: int, settings: Mapping[str, Settings]) -> SequenceMixer[Any]:
+    """One mixer by `builder`."""
+    return builder(name, settings)(d_model)
 
 
 def check_unused(settings: Mapping[str, Settings], used: set[str]) -> None:
