@@ -150,10 +150,9 @@ def divides(name: str, value: int, whole: int, what: str) -> None:
     """Raises ConfigError unless `value` divides `whole`, which is the number of `what`."""
     if whole % value:
         small = [n for n in range(1, math.isqrt(whole) + 1) if whole % n == 0]
-        near = sorted({*small, *(whole // n for n in small)}, key=lambda n: abs(n - value))[:MOST_NAMED]
-        raise ConfigError(
-            f"{name}: {value} does not divide {what} (legal: {', '.join(map(str, sorted(near)))}{', ...' if len(near) == MOST_NAMED else ''})"
-        )
+        legal = sorted({*small, *(whole // n for n in small)}, key=lambda n: abs(n - value))
+        named = [*map(str, sorted(legal[:MOST_NAMED])), *(["..."] if len(legal) > MOST_NAMED else [])]
+        raise ConfigError(f"{name}: {value} does not divide {what} (legal: {', '.join(named)})")
 
 
 def default_head_dim(name: str, given: int | None, width: int, num_heads: int) -> int:
@@ -196,15 +195,13 @@ def load_named(module: nn.Module, state_dict: Mapping[str, Tensor], table: Mappi
 
 def _unfit(value: Any, parameter: Tensor) -> str | None:
     """Why a parameter cannot take a value; None if it can."""
-    if not isinstance(value, Tensor) or value.is_meta or value.layout != torch.strided or not value.is_floating_point():
-        kind = (
-            type(value).__name__
-            if not isinstance(value, Tensor)
-            else "a tensor without values"
-            if value.is_meta
-            else f"{value.dtype}, {value.layout}"
-        )
-        return f"must be a tensor of floating-point numbers, got {kind}"
+    wanted = "must be a tensor of floating-point numbers, got"
+    if not isinstance(value, Tensor):
+        return f"{wanted} {type(value).__name__}"
+    if value.is_meta:
+        return f"{wanted} a tensor without values"
+    if value.layout != torch.strided or not value.is_floating_point():
+        return f"{wanted} {value.dtype}, {value.layout}"
     if value.shape != parameter.shape:
         return f"has the shape {list(value.shape)}, this layer's is {list(parameter.shape)}"
     if parameter.is_meta:

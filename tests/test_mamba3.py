@@ -293,6 +293,11 @@ def test_bad_settings(settings: dict[str, Any], message: str) -> None:
         registry.build("mamba3", D, {"mamba3": {**SIZES, **settings}})
 
 
+def test_as_many_legal_values_as_are_named_are_all() -> None:
+    with pytest.raises(ConfigError, match=r"\(legal: 1, 2, 3, 4, 5, 6, 8, 10, 12, 15, 20, 24, 30, 40, 60, 120\)$"):
+        Mamba3(60, **{**SIZES, "head_dim": 7})
+
+
 def test_a_fraction_that_is_no_number() -> None:
     with pytest.raises(ConfigError, match=r"^rope_fraction: must be in .*, got '0.5'$"):
         Mamba3(D, **{**SIZES, "rope_fraction": "0.5"})

@@ -178,16 +178,17 @@ def select(
 ) -> list[Trial]:
     """The trials of some ops (None: all there are), dtypes, head sizes and mixers (None: all).
 
-    `heads`: K and V of a mixer's heads, which then take the place of the sizes of its checks. float16 shares its tiles with bfloat16 and is tried at
-    one head size only, unless it is the only dtype.
+    `heads`: K and V of a mixer's heads, which then take the place of the sizes that `delta_rule` is tried with for it. float16 shares its tiles with
+    bfloat16 and is tried at one head size only, unless it is the only dtype.
     """
     legal, wanted, chosen = set(ops() if found is None else found), tuple(dtypes), None if mixers is None else set(mixers)
     of = [check for check in CHECKS if check.op in legal and (check.mixer is None or chosen is None or check.mixer in chosen)]
     near = None if sizes is None else {min((n for n in HEAD_SIZES if n >= size), default=max(HEAD_SIZES)) for size in sizes}
     trials = []
     for check in of:
-        exact = sorted(set((heads or {}).get(check.mixer or "", ()))) if check.of_heads else []
-        trials += [Trial(check, k, dtype, None if v == k else v) for k, v in exact for dtype in wanted]
+        exact = sorted(set((heads or {}).get(check.mixer or "", ()))) if check.op == "delta_rule" else []
+        if check.of_heads:
+            trials += [Trial(check, k, dtype, None if v == k else v) for k, v in exact for dtype in wanted]
         listed = [] if exact else [size for size in check.sizes if near is None or size in near or len(check.sizes) == 1]
         trials += [
             Trial(check, size, dtype) for size in listed for dtype in wanted if len(wanted) == 1 or dtype != torch.float16 or size in FULL_SIZES

@@ -1,4 +1,4 @@
-"""The serial pass backwards (README.md, 4.1 and 4.3) on Hopper, for few sequences and heads, as `state.py` is.
+"""The serial pass backwards (README.md, 4.1 and 4.3) on Hopper, where programs of up to 64 columns run all at once, and for packed documents.
 
 Shapes: C rows a chunk, HV value heads, K key size (64 or 128), V value size, BV value columns a program. Inputs are those of `_triton/solve.py`.
 """
