@@ -9,14 +9,15 @@ import torch
 from torch import Tensor
 
 
-def is_direct(gradient: Tensor) -> bool:
-    """Whether a backward pass that gets `gradient` may run its kernels without the op around them.
+def is_direct(x: Tensor) -> bool:
+    """Whether what is computed from `x` may run its kernels without the op around them.
 
-    An op's arguments stay alive until it returns; without it a tensor can be freed behind its last reader. The op is needed where somebody sees it:
-    a compiler, a dispatch mode, a tensor that only stands for one, autograd itself if the gradients are to be differentiated again.
+    An op's arguments stay alive until it returns; without it a tensor can be freed behind its last reader, and the host has less to do. The op is
+    needed where somebody sees it: a compiler, a dispatch mode, a tensor that only stands for one, autograd (of gradients too, if these are to be
+    differentiated again).
     """
     watched = torch.compiler.is_compiling() or torch.is_grad_enabled() or torch._C._len_torch_dispatch_stack() > 0
-    return not watched and type(gradient) is Tensor
+    return not watched and type(x) is Tensor
 
 
 def differentiable(op: Any, setup_context: Callable[..., None], backward: Callable[..., Any], outputs: int | None = None) -> Callable[..., Any]:

@@ -8,7 +8,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from kernels.tiles import Tile, TileTable
+from kernels.autograd import is_direct
+from kernels.tiles import Key, Tile, TileTable
 
 MAX_K = 256  # a program holds whole columns of the state
 
@@ -22,11 +23,11 @@ TILES = TileTable(
         "step_some": Tile(4, 1, {"BV": 32}),
         "step_many": Tile(4, 1, {"BV": 64}),
     },
-    tuned={},
+    tuned={"step_few": {Key("sm_90", 2, 128): Tile(1, 1, {"BV": 16})}},
 )
 
 # what `bench tune` tries
-CANDIDATES = {name: [Tile(warps, 1, {"BV": columns}) for columns in (16, 32, 64, 128) for warps in (2, 4, 8)] for name in TILES.safe}
+CANDIDATES = {name: [Tile(warps, 1, {"BV": columns}) for columns in (16, 32, 64, 128) for warps in (1, 2, 4, 8)] for name in TILES.safe}
 
 
 def refusal(q: Tensor, *others: Tensor | None) -> str | None:
@@ -44,7 +45,7 @@ def delta_rule_step(
     q: Tensor, k: Tensor, v: Tensor, g: Tensor | None, b: Tensor | None, w: Tensor | None, scale: float, state: Tensor
 ) -> tuple[Tensor, Tensor]:
     """As `kernels.delta_rule_step`: o [B, HV, V] in v's dtype and the new state [B, HV, K, V]."""
-    result: tuple[Tensor, Tensor] = _step(q, k, v, g, b, w, scale, state)
+    result: tuple[Tensor, Tensor] = (launch_step if is_direct(v) else _step)(q, k, v, g, b, w, scale, state)
     return result
 
 

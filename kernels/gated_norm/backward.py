@@ -26,6 +26,7 @@ def gated_rms_norm(dy: Tensor, x: Tensor, gate: Tensor | None, weight: Tensor, e
         H=heads,
         BS=block,
         GATED=gated,
+        STAGES=tile.num_stages,
         **tile.options(),
     )
     return [*found, partial.sum(0).to(weight.dtype)]

@@ -29,6 +29,7 @@ def gates(
         *(dg.stride(0), db.stride(0), dw.stride(0), b.stride(0), w.stride(0)),
         *(width, b.shape[1], w.shape[1], b_scale),
         C=width // a.shape[0],
+        STAGES=options["num_stages"],
         **options,
     )
     ddelta, by_channel = partial.sum(0)

@@ -13,7 +13,7 @@ from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.ampere import async_copy
 from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared, warpgroup_mma, warpgroup_mma_wait
 
-from kernels.delta._gluon.dtree import decay_gradient, plain_gradients, put_rows, through_decay, through_row_decay, tree_gradients
+from kernels.delta._gluon.dtree import plain_gradients, put_decay_gradient, put_rows, through_decay, through_row_decay, tree_gradients
 from kernels.delta._gluon.shared import (
     barrier,
     chunk_rows,
@@ -21,8 +21,9 @@ from kernels.delta._gluon.shared import (
     fetch,
     log2_decay,
     n_chunks,
-    offsets,
     power_of_two,
+    put_tile,
+    result_tile,
     rows_of,
     shared_row,
     shared_sums,
@@ -30,7 +31,6 @@ from kernels.delta._gluon.shared import (
     sums_from_the_end,
     sums_from_the_start,
     tile,
-    within,
 )
 
 MIDDLE = gl.constexpr(8)  # the exponent that most rows have (`put_rows`)
@@ -142,18 +142,6 @@ def state_gradients(
     return dq, -de, dk, dgamma
 
 
-@gluon.jit
-def put_result(to, x, rows, S: gl.constexpr, G: gl.constexpr):
-    """Rows of a tile [C, BK] to memory, S numbers apart: in pieces of 16 bytes, but for a decay per channel, which leaves no registers for them."""
-    dtype: gl.constexpr = to.dtype.element_ty
-    C: gl.constexpr = x.shape[0]
-    BK: gl.constexpr = x.shape[1]
-    N: gl.constexpr = 128 // dtype.primitive_bitwidth
-    pieces: gl.constexpr = gl.BlockedLayout([1, N], [32 * N // BK, BK // N], [gl.num_warps(), 1], [1, 0])
-    layout: gl.constexpr = x.type.layout if G == 2 else pieces
-    gl.store(to + offsets(C, BK, S, layout), gl.convert_layout(x.to(dtype), layout), mask=within(rows, C, BK, layout))
-
-
 @gluon.jit(do_not_specialize=["tokens", "per_sequence", "sequences"])
 def dscores_kernel(
     q, k, g, b, first_chunk, starts, lengths, R, S, do, dZ, dS, dq, dk, dg, db, scale, tokens, per_sequence, sequences,
@@ -222,13 +210,12 @@ def dscores_kernel(
     P_s, T_s = shared_tile(operand, C, C), shared_tile(operand, C, C)
     n = put_scores(P_s, T_s, diagonal, dP, dT, sums, scale, exponents, G, B, C, SQUARE)
 
-    # --- through the scores and the states
-    if G == 2:
-        tree_q, tree_e, tree_k = tree_gradients(sums, q_h, k_h, e_h, P_s, T_s, B, C, BK, M)
+    # --- through the states, whose memory is free then, and the scores
     dq_c, de_c, dk_c, dgamma = state_gradients(do_s, dZ_s, R_s, S_s, dS_s, do, dZ, R, S, dS, rows, S_O, B, V, C, BK, BV, M, WIDE)
     if G == 2:
-        one = gl.expand_dims(power_of_two(exponents.load(gl.SliceLayout(1, M)) - n - 2 * MIDDLE), 1)
         dq_c, de_c, dk_c, dtotal = through_decay(dq_c, de_c, dk_c, dgamma, sums, k_s, C, BK, M)
+        tree_q, tree_e, tree_k = tree_gradients(sums, q_h, k_h, e_h, P_s, T_s, B, C, BK, M)
+        one = gl.expand_dims(power_of_two(exponents.load(gl.SliceLayout(1, M)) - n - 2 * MIDDLE), 1)
         dq_c, de_c, dk_c = dq_c * scale + tree_q * one, de_c + tree_e * one, dk_c + tree_k * one
     else:
         if G == 1:
@@ -240,12 +227,13 @@ def dscores_kernel(
     to = token * K + ck
     k_c, q_c = k_s.load(M).to(gl.float32), q_s.load(M).to(gl.float32)
     dG = q_c * dq_c - k_c * dk_c  # (4.8)
+    dq_s, dk_s, db_s = result_tile(dq, C, BK), result_tile(dk, C, BK), result_tile(db, C, BK)
     if B:
         db_c = k_c * de_c
         if SHARED_B:
             b_c = b_s.load(M).to(gl.float32)
         if B == 2:
-            put_result(db + to, db_c, rows, HV * K, G)
+            db_s.store(db_c.to(db_s.dtype))
         else:
             gl.store(db + (token + r * HV) * PARTS + part, gl.sum(db_c, 1), mask=r < rows)
         dG += b_c * db_c
@@ -254,14 +242,21 @@ def dscores_kernel(
         own = gl.expand_dims(diagonal.load(gl.SliceLayout(1, M)), 1)  # it has no decay
         dq_c += own * k_c
         dk_c += own * q_c
-    put_result(dq + to, dq_c, rows, HV * K, G)
-    put_result(dk + to, dk_c, rows, HV * K, G)
+    barrier()
     if G == 2:
-        put_result(dg + to, decay_gradient(dG, sums, dtotal, COLUMN), rows, HV * K, G)
+        sums.store(dG)
+    if G == 1:
+        sums.store(gl.sum(dG, 1))
+    dq_s.store(dq_c.to(dq_s.dtype))
+    dk_s.store(dk_c.to(dk_s.dtype))
+    barrier()
+    put_tile(dq + to, dq_s, rows, HV * K)
+    put_tile(dk + to, dk_s, rows, HV * K)
+    if B == 2:
+        put_tile(db + to, db_s, rows, HV * K)
+    if G == 2:
+        put_decay_gradient(dg + to, sums, dtotal, rows, HV * K, COLUMN)
     if G == 1:
         t = gl.arange(0, C, layout=ROW)
-        barrier()
-        sums.store(gl.sum(dG, 1))
-        barrier()
         # from the end: lanes share the sums, and what they add up must not hang on rows behind which nothing is left
         gl.store(dg + (token + t * HV) * PARTS + part, sums_from_the_end(sums.load(ROW)) + dtotal, mask=t < rows)

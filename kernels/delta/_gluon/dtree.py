@@ -7,7 +7,18 @@ from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared, warpgroup_mma, warpgroup_mma_wait
 
-from kernels.delta._gluon.shared import barrier, exponent_to_half, power_of_two, shared_row, shared_tile, sums_from_the_start
+from kernels.delta._gluon.shared import (
+    barrier,
+    exponent_to_half,
+    offsets,
+    power_of_two,
+    shared_row,
+    shared_sums,
+    shared_tile,
+    sums_from_the_start,
+    whole_pieces,
+    within,
+)
 
 
 @gluon.jit
@@ -134,17 +145,18 @@ def plain_gradients(
 
 @gluon.jit
 def through_decay(dq, de, dk, dgamma, sums, k, C: gl.constexpr, BK: gl.constexpr, M: gl.constexpr):
-    """dq, de, dk through the states (4.4, 4.5), now times the decays of (4.6); and what every decay of the chunk is part of [1, BK]: the terms of
-    (4.8) that hold G_C."""
+    """dq, de, dk through the states (4.4, 4.5), now times the decays of (4.6); and in shared memory what every decay of the chunk is part of [BK]:
+    the terms of (4.8) that hold G_C."""
     G = sums.load(M)
     from_start = gl.exp2(G)
     dk = dk * gl.exp2(sums.slice(C - 1, 1, dim=0).load(M) - G)
-    behind, through = shared_row(BK), shared_row(BK)
+    behind, through, dtotal = shared_row(BK), shared_row(BK), shared_row(BK)
     behind.store(gl.sum(k.load(M).to(gl.float32) * dk, 0))
     through.store(dgamma)
     barrier()
-    total = gl.exp2(sums.slice(C - 1, 1, dim=0).load(M))
-    dtotal = gl.expand_dims(behind.load(gl.SliceLayout(0, M)), 0) + total * gl.expand_dims(through.load(gl.SliceLayout(0, M)), 0)
+    ONE: gl.constexpr = gl.BlockedLayout([1, 1], [1, 32], [1, gl.num_warps()], [1, 0])
+    total = gl.exp2(gl.sum(sums.slice(C - 1, 1, dim=0).load(ONE), 0))
+    dtotal.store(behind.load(total.type.layout) + total * through.load(total.type.layout))
     return dq * from_start, de * from_start, dk, dtotal
 
 
@@ -160,15 +172,15 @@ def through_row_decay(dq, de, dk, dgamma, sums, k, C: gl.constexpr, M: gl.conste
 
 
 @gluon.jit
-def decay_gradient(dG, sums, dtotal, COLUMN: gl.constexpr):
-    """dg [C, BK]: sums of dG from the end, and dtotal. Overwrites `sums`; threads of the layout COLUMN hold columns."""
+def put_decay_gradient(to, sums, dtotal, rows, S: gl.constexpr, COLUMN: gl.constexpr):
+    """dg to memory, S numbers a row: what `sums` holds, dG [C, BK], summed from the end, and dtotal. Threads of the layout COLUMN hold columns."""
+    C: gl.constexpr = sums.shape[0]
+    BK: gl.constexpr = sums.shape[1]
+    before = shared_sums(C, BK)
+    before.store(sums_from_the_start(sums.load(COLUMN)))
     barrier()
-    sums.store(dG)
-    barrier()
-    before = sums_from_the_start(sums.load(COLUMN))
-    barrier()
-    sums.store(before)
-    barrier()
-    M: gl.constexpr = dG.type.layout
+    layout: gl.constexpr = whole_pieces(gl.float32, BK, gl.num_warps())
     # from the last row's sum: it is the same number in every row behind which nothing is left to add
-    return (sums.slice(sums.shape[0] - 1, 1, dim=0).load(M) - sums.load(M)) + dG + dtotal
+    dg = (before.slice(C - 1, 1, dim=0).load(layout) - before.load(layout)) + sums.load(layout)
+    dg += gl.expand_dims(dtotal.load(gl.SliceLayout(0, layout)), 0)
+    gl.store(to + offsets(C, BK, S, layout), dg, mask=within(rows, C, BK, layout))

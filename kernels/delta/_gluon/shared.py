@@ -97,6 +97,29 @@ def fetch(to, x, S, rows=None):
         async_copy.async_copy_global_to_shared(to, x + offsets(R, X, S, layout), mask=within(rows, R, X, layout))
 
 
+@gluon.constexpr_function
+def whole_pieces(dtype, X, warps):
+    """How threads hold rows of X numbers in pieces of 16 bytes."""
+    N = 128 // dtype.primitive_bitwidth
+    return gl.BlockedLayout([1, N], [32 * N // X, X // N], [warps, 1], [1, 0])
+
+
+@gluon.jit
+def result_tile(to, R: gl.constexpr, X: gl.constexpr):
+    """Room in shared memory for a tile [R, X] on its way to memory, of 16 or 32 bits a number."""
+    dtype: gl.constexpr = to.dtype.element_ty
+    return shared_tile(dtype, R, X) if dtype.primitive_bitwidth == 16 else shared_sums(R, X)
+
+
+@gluon.jit
+def put_tile(to, x, rows, S: gl.constexpr):
+    """The first rows of a tile in shared memory to memory, S numbers a row."""
+    R: gl.constexpr = x.shape[0]
+    X: gl.constexpr = x.shape[1]
+    layout: gl.constexpr = whole_pieces(x.dtype, X, gl.num_warps())
+    gl.store(to + offsets(R, X, S, layout), x.load(layout), mask=within(rows, R, X, layout))
+
+
 @gluon.jit
 def mbarriers(N: gl.constexpr, COUNT: gl.constexpr):
     """N barriers in shared memory, each for COUNT arrivals a phase."""

@@ -15,14 +15,14 @@ from kernels.gated_norm._triton.forward import normalised
 @triton.jit(do_not_specialize=["R"])
 def gated_norm_backward(
     dy, x, gate, weight, dx, dgate, partial, R, dy_M, dy_H, x_M, x_H, gate_M, gate_H, size, eps,
-    H: tl.constexpr, BS: tl.constexpr, GATED: tl.constexpr, TILE: tl.constexpr, STEPS: tl.constexpr,
+    H: tl.constexpr, BS: tl.constexpr, GATED: tl.constexpr, TILE: tl.constexpr, STEPS: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     BR: tl.constexpr = TILE // BS
     cols = tl.arange(0, BS)
     scale = tl.load(weight + cols, mask=cols < size, other=0.0).to(tl.float32)
     first = tl.program_id(0).to(tl.int64) * (STEPS * BR) + tl.arange(0, BR)
     dweight = tl.zeros([BR, BS], tl.float32)
-    for step in range(STEPS):
+    for step in tl.range(STEPS, num_stages=STAGES):
         rows = first + step * BR
         mask = (rows < R)[:, None] & (cols < size)[None, :]
         token, head = rows // H, rows % H

@@ -11,11 +11,14 @@ from kernels.gates._triton.softplus import sigmoid_of_softplus
 
 
 @triton.jit
-def sigmoid_columns(dy, x, dx, scale, M, dy_stride, stride, width, row_block, block, ROWS: tl.constexpr, BR: tl.constexpr, BC: tl.constexpr):
+def sigmoid_columns(
+    dy, x, dx, scale, M, dy_stride, stride, width, row_block, block,
+    ROWS: tl.constexpr, BR: tl.constexpr, BC: tl.constexpr, STAGES: tl.constexpr,
+):  # fmt: skip
     """dx = dy * scale * s (1 - s), s = sigmoid(x), for a block of columns."""
     cols = block * BC + tl.arange(0, BC)
     first = row_block * ROWS + tl.arange(0, BR)
-    for step in range(0, ROWS, BR):
+    for step in tl.range(0, ROWS, BR, num_stages=STAGES):
         rows = first + step
         mask = (rows < M)[:, None] & (cols < width)[None, :]
         grad = tl.load(dy + rows[:, None] * dy_stride + cols[None, :], mask=mask, other=0.0).to(tl.float32)
@@ -25,7 +28,8 @@ def sigmoid_columns(dy, x, dx, scale, M, dy_stride, stride, width, row_block, bl
 
 @triton.jit
 def decay_columns(
-    dg, g, a, df, partial, M, dg_stride, width, row_block, block, C: tl.constexpr, ROWS: tl.constexpr, BR: tl.constexpr, BC: tl.constexpr,
+    dg, g, a, df, partial, M, dg_stride, width, row_block, block,
+    C: tl.constexpr, ROWS: tl.constexpr, BR: tl.constexpr, BC: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     """df and the two partial sums for a block of columns."""
     cols = block * BC + tl.arange(0, BC)
@@ -35,7 +39,7 @@ def decay_columns(
     first = row_block * ROWS + tl.arange(0, BR)
     sum_df = tl.zeros([BR, BC], tl.float32)
     sum_dg_g = tl.zeros([BR, BC], tl.float32)
-    for step in range(0, ROWS, BR):
+    for step in tl.range(0, ROWS, BR, num_stages=STAGES):
         rows = first + step
         mask = (rows < M)[:, None] & inside[None, :]
         grad = tl.load(dg + rows[:, None] * dg_stride + cols[None, :], mask=mask, other=0.0)  # 0 outside: adds nothing to the sums
@@ -53,14 +57,14 @@ def decay_columns(
 def gates_backward(
     dg, db, dw, g, a, b, w, df, db_in, dw_in, partial, M,
     dg_stride, db_stride, dw_stride, b_stride, w_stride, F, NB, NW, b_scale,
-    C: tl.constexpr, ROWS: tl.constexpr, BR: tl.constexpr, BC: tl.constexpr,
+    C: tl.constexpr, ROWS: tl.constexpr, BR: tl.constexpr, BC: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     f_blocks, b_blocks = tl.cdiv(F, BC), tl.cdiv(NB, BC)
     column_blocks = f_blocks + b_blocks + tl.cdiv(NW, BC)
     row_block, block = (tl.program_id(0) // column_blocks).to(tl.int64), tl.program_id(0) % column_blocks  # neighbours read the same rows
     if block < f_blocks:
-        decay_columns(dg, g, a, df, partial, M, dg_stride, F, row_block, block, C, ROWS, BR, BC)
+        decay_columns(dg, g, a, df, partial, M, dg_stride, F, row_block, block, C, ROWS, BR, BC, STAGES)
     elif block < f_blocks + b_blocks:
-        sigmoid_columns(db, b, db_in, b_scale, M, db_stride, b_stride, NB, row_block, block - f_blocks, ROWS, BR, BC)
+        sigmoid_columns(db, b, db_in, b_scale, M, db_stride, b_stride, NB, row_block, block - f_blocks, ROWS, BR, BC, STAGES)
     else:
-        sigmoid_columns(dw, w, dw_in, 1.0, M, dw_stride, w_stride, NW, row_block, block - f_blocks - b_blocks, ROWS, BR, BC)
+        sigmoid_columns(dw, w, dw_in, 1.0, M, dw_stride, w_stride, NW, row_block, block - f_blocks - b_blocks, ROWS, BR, BC, STAGES)
