@@ -270,12 +270,13 @@ def instances(found: Iterable[offline.Compilation]) -> set[tuple[Any, ...]]:
 @pytest.mark.parametrize("architecture", ["sm_90", "sm_80"])
 @pytest.mark.parametrize(("mixer", "sizes"), TRAININGS)
 def test_every_kernel_that_a_training_launches_is_tried_before_it(architecture: str, mixer: str, sizes: tuple[int, ...]) -> None:
-    """Packed documents and 1 to 32 sequences, in bfloat16, with gradients and without, by the trials that `fit` runs for heads of these sizes."""
+    """Packed documents, 1 to 32 sequences and a long one, in bfloat16, with gradients and without, by the trials that `fit` runs for such heads."""
     heads, k_dim, v_dim, groups = sizes
     trials = checks.select(["delta_rule"], [torch.bfloat16], [k_dim], {mixer}, {mixer: {(k_dim, v_dim)}})
     tried = instances(offline.record(architecture, trials).values())
     with offline.launches(architecture) as launched:
-        for batch, packed in ((1, True), (1, False), (2, False), (4, False), (8, False), (32, False)):
-            shape = Shape(batch, 70, heads, k_dim, v_dim, groups)
+        long = (1, checks.LONG, False)
+        for batch, tokens, packed in ((1, 70, True), (1, 70, False), (2, 70, False), (4, 70, False), (8, 70, False), (32, 70, False), long):
+            shape = Shape(batch, tokens, heads, k_dim, v_dim, groups)
             offline.launch(problems.delta_rule(mixer, shape, problems.Draw(), packed=packed), torch.bfloat16)
     assert not instances(launched.values()) - tried

@@ -1,4 +1,5 @@
-"""Launches without erase and with at most one decay a head (README.md, section 7): one each way. Shapes as in `forward.py`."""
+"""Launches without erase and with at most one decay a head (README.md, section 7): one each way, two for few long sequences. Shapes as in
+`forward.py`."""
 
 from __future__ import annotations
 
@@ -10,6 +11,8 @@ from torch import Tensor
 from kernels.delta.backward import sum_heads
 from kernels.delta.forward import Problem, as_rows, make_problem
 
+# Sequences are divided where there are at most FEW programs, into as many segments of at least LEAST chunks as give some MANY programs.
+FEW, MANY, LEAST, MOST = 288, 1152, 32, 16
 INPUTS = ("S_Q", "S_K", "S_V", "S_G", "S_W", "H", "HV", "HG", "K", "V", "C", "G", "W", "PACKED", "EXACT", "PRECISION")
 
 
@@ -26,12 +29,59 @@ def forward(q: Tensor, k: Tensor, v: Tensor, g: Tensor | None, w: Tensor | None,
     o = v.new_empty(v.shape)
     states = v.new_empty(problem.n_chunks, problem.v_heads, k_dim, v_dim) if save else v
     final = v.new_empty(problem.sequences, problem.v_heads, k_dim, v_dim, dtype=torch.float32)
-    options = problem.options("scan_narrow" if problem.settings["EXACT"] or v_dim < 64 else "scan")
-    scan_kernel[(problem.sequences * problem.v_heads * (v_dim // options["BV"]),)](
-        x["q"], x["k"], x["v"], x["g"], x["w"], weights.own, final if state is None else state.contiguous(), *problem.chunks, o, states, final,
-        scale, **problem.lengths, **weights.settings, INITIAL=state is not None, SAVE=save, **problem.only(*INPUTS), **options,
+    options = _options(problem)
+    segments = segments_of(problem)
+    local = between(problem, segments, x["k"], x["v"], 1.0, weights.settings["R"], back=False)
+    scan_kernel[(problem.sequences * segments.number * problem.v_heads * (v_dim // options["BV"]),)](
+        x["q"], x["k"], x["v"], x["g"], x["w"], weights.own, final if state is None else state.contiguous(), *local, *problem.chunks,
+        o, states, final, scale, **problem.lengths, **segments.arguments, **weights.settings, INITIAL=state is not None, SAVE=save,
+        **problem.only(*INPUTS), **options,
     )  # fmt: skip
     return o, final, states
+
+
+def _options(problem: Problem) -> dict[str, int]:
+    return problem.options("scan_narrow" if problem.settings["EXACT"] or problem.sizes[1] < 64 else "scan")
+
+
+class Segments(NamedTuple):
+    """How each sequence is divided: the number of segments, and of chunks in all but the last."""
+
+    number: int
+    chunks: int
+
+    @property
+    def arguments(self) -> dict[str, int]:
+        """As a kernel is told."""
+        return {"segments": self.number, "chunks": self.chunks}
+
+
+def segments_of(problem: Problem) -> Segments:
+    """One segment for packed sequences, whose lengths only the device knows, and where there are programs enough."""
+    chunks, programs = problem.lengths["per_sequence"], problem.sequences * problem.v_heads
+    if problem.settings["PACKED"] or programs > FEW:
+        return Segments(1, chunks)
+    number = max(1, min(MANY // programs, chunks // LEAST, MOST))
+    each = -(-chunks // number)
+    return Segments(-(-chunks // each), each)
+
+
+def between(problem: Problem, segments: Segments, x: Tensor, y: Tensor, scale: float, ranks: int, *, back: bool) -> tuple[Tensor, Tensor]:
+    """What each segment adds to the state [sequences, HV, N, K, V] and its decay [sequences, HV, N], float32; not read for one segment."""
+    from kernels.delta._triton.segments import segments_kernel
+
+    if segments.number == 1:
+        return x, x
+    s, options = problem.settings, _options(problem)
+    lead = (problem.sequences, problem.v_heads, segments.number)
+    local, decay = x.new_empty(*lead, *problem.sizes, dtype=torch.float32), x.new_empty(lead, dtype=torch.float32)
+    programs = problem.sequences * (segments.number - 1) * problem.v_heads * (problem.sizes[1] // options["BV"])
+    settings = problem.only("S_G", "S_W", "H", "HV", "HG", "K", "V", "C", "G", "EXACT", "PRECISION")
+    segments_kernel[(programs,)](
+        x, y, problem.inputs["g"], problem.inputs["w"], local, decay, scale, **problem.lengths, **segments.arguments,
+        S_X=x.stride(1), S_Y=y.stride(1), W=0 if back else s["W"], R=ranks, BACK=back, **settings, **options,
+    )  # fmt: skip
+    return local, decay
 
 
 class Weights(NamedTuple):
@@ -76,9 +126,11 @@ def backward(
         made["down"] = weights.own.new_empty(by_token.rows, problem.v_heads * parts, 1, dtype=dtype)
     dinitial = dfinal.new_empty(dfinal.shape)  # in the order of its axes, whatever the order of dfinal's
     out = [made.get(name, dinitial) for name in ("dq", "dk", "dv", "dg", "dw", "down")]
-    dscan_kernel[(problem.sequences * problem.v_heads * parts,)](
-        x["q"], x["k"], x["v"], x["g"], x["w"], weights.own, *kept, do, dfinal.contiguous(), *problem.chunks, *out, dinitial, scale,
-        **problem.lengths, **weights.settings, S_O=do.stride(1), **problem.only(*INPUTS), **options,
+    segments = segments_of(problem)
+    local = between(problem, segments, x["q"], do, scale, ranks, back=True)
+    dscan_kernel[(problem.sequences * segments.number * problem.v_heads * parts,)](
+        x["q"], x["k"], x["v"], x["g"], x["w"], weights.own, *kept, do, dfinal.contiguous(), *local, *problem.chunks, *out, dinitial, scale,
+        **problem.lengths, **segments.arguments, **weights.settings, S_O=do.stride(1), **problem.only(*INPUTS), **options,
     )  # fmt: skip
     out.clear()
     kept.clear()

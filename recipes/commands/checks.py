@@ -84,9 +84,13 @@ def _packed(n: int, v: int | None = None, *, mixer: str) -> Problem:
     return problems.delta_rule(mixer, _small(n, v, 2), Draw(seed=1), packed=True)
 
 
-def _long(n: int, v: int | None = None) -> Problem:
+def _long(n: int, v: int | None = None, *, mixer: str) -> Problem:
     """Few programs in the serial passes, and many chunks."""
-    return problems.delta_rule("gdn2", Shape(1, LONG, 1, n, v or n), Draw(seed=2))
+    return problems.delta_rule(mixer, Shape(1, LONG, 1, n, v or n), Draw(seed=2))
+
+
+def _long_own(n: int, v: int | None = None, *, ranks: int) -> Problem:
+    return problems.ranked_delta_rule(Shape(1, LONG // ranks, 1, n, v or n), Draw(seed=7), ranks=ranks)
 
 
 def _unequal(n: int, *, mixer: str, packed: bool = False) -> Problem:
@@ -131,7 +135,8 @@ def _table() -> Iterator[Check]:
         for columns in COLUMNS if mixer in MANY else COLUMNS[:1]:
             make = partial(_many, mixer=mixer, columns=columns)
             yield Check(f"{mixer}, {columns:,} columns of values", "delta_rule", make, MOST_SIZES, mixer, of_heads=True)
-    yield Check("gdn2, one long sequence", "delta_rule", _long, mixer="gdn2", of_heads=True)
+    for mixer in ("gdn2", "mamba2", "linear_attention"):
+        yield Check(f"{mixer}, one long sequence", "delta_rule", partial(_long, mixer=mixer), mixer=mixer, of_heads=True)
     for mixer in ("gdn2", "gla", "mamba2"):
         yield Check(f"{mixer}, K and V unequal", "delta_rule", partial(_unequal, mixer=mixer), MOST_SIZES, mixer)
     yield Check("mamba2, K and V unequal, packed", "delta_rule", partial(_unequal, mixer="mamba2", packed=True), MOST_SIZES, "mamba2")
@@ -154,6 +159,7 @@ def _table() -> Iterator[Check]:
     for ranks in (1, 4):
         yield Check(f"mamba3, rank {ranks}", "delta_rule", partial(_own, ranks=ranks, packed=False), MOST_SIZES, "mamba3", of_heads=True)
         yield Check(f"mamba3, rank {ranks}, packed", "delta_rule", partial(_own, ranks=ranks, packed=True), mixer="mamba3", of_heads=True)
+        yield Check(f"mamba3, rank {ranks}, one long sequence", "delta_rule", partial(_long_own, ranks=ranks), mixer="mamba3", of_heads=True)
         yield Check(f"mamba3, rank {ranks}", "gated_skip", partial(_ranked, problems.gated_skip, ranks=ranks), HEAD_SIZES)
     yield Check("mamba3, rank 4", "rank_values", partial(_ranked, problems.rank_values, ranks=4))
     yield Check("mamba3, packed", "rotary_keys", lambda n: problems.rotary_keys(_layer(n), Draw(), ranks=1, packed=True), HEAD_SIZES)

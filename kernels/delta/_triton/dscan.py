@@ -9,6 +9,7 @@ them from registers.
 import triton
 import triton.language as tl
 
+from kernels.delta._triton.segments import carry, segment_chunks
 from kernels.delta._triton.tree import chunk_rows, decayed, head_sums, wide
 
 
@@ -28,18 +29,20 @@ def by_token(x, R: tl.constexpr, C: tl.constexpr):
     return tl.sum(tl.reshape(x, (C // R, R)), 1) if R > 1 else x
 
 
-@triton.jit(do_not_specialize=["tokens", "per_sequence"])
+@triton.jit(do_not_specialize=["tokens", "per_sequence", "segments", "chunks"])
 def dscan_kernel(
-    q, k, v, g, w, own, S_all, do, dfinal, first_chunk, starts, lengths, dq, dk, dv, dg, dw, down, dinitial, scale, tokens, per_sequence,
+    q, k, v, g, w, own, S_all, do, dfinal, local, decay, first_chunk, starts, lengths, dq, dk, dv, dg, dw, down, dinitial, scale,
+    tokens, per_sequence, segments, chunks,
     S_Q: tl.constexpr, S_K: tl.constexpr, S_V: tl.constexpr, S_G: tl.constexpr, S_W: tl.constexpr, S_O: tl.constexpr,
     H: tl.constexpr, HV: tl.constexpr, HG: tl.constexpr, K: tl.constexpr, V: tl.constexpr, C: tl.constexpr, G: tl.constexpr, W: tl.constexpr,
     OWN: tl.constexpr, S_OWN: tl.constexpr, R: tl.constexpr,
     PACKED: tl.constexpr, EXACT: tl.constexpr, PRECISION: tl.constexpr, BV: tl.constexpr,
 ):  # fmt: skip
-    """One program a sequence, head and block of value columns, from the last chunk to the first."""
+    """One program a sequence, head, segment (as in `scan.py`) and block of value columns, from the last chunk to the first."""
     PARTS: tl.constexpr = V // BV
     pid = tl.program_id(0)
-    part, head, sequence = pid % PARTS, pid // PARTS % HV, pid // (PARTS * HV)
+    part, head = pid % PARTS, pid // PARTS % HV
+    sequence, segment = pid // (PARTS * HV) // segments, pid // (PARTS * HV) % segments
     r, c, cv = tl.arange(0, C), tl.arange(0, K), part * BV + tl.arange(0, BV)
     dtype = v.dtype.element_ty
     VW: tl.constexpr = V if W == 2 else 1
@@ -53,9 +56,12 @@ def dscan_kernel(
     if PACKED:
         first, end = tl.load(first_chunk + sequence), tl.load(first_chunk + sequence + 1)
     else:
-        first, end = sequence * per_sequence, (sequence + 1) * per_sequence
-    whole = (sequence.to(tl.int64) * HV + head) * K * V + (c[:, None] * V + cv[None, :])
+        first, end = segment_chunks(sequence, segment, per_sequence, chunks)
+    place, entry = sequence.to(tl.int64) * HV + head, c[:, None] * V + cv[None, :]
+    whole = place * K * V + entry
     dS = tl.load(dfinal + whole)
+    for behind in range(segments - 1 - segment):
+        dS = carry(dS, local, decay, place * segments + (segments - 1 - behind), K * V, entry)
     for n in range(0, end - first):
         chunk = end - 1 - n
         start, rows = chunk_rows(chunk, starts, lengths, tokens, per_sequence, PACKED, C)
@@ -67,7 +73,7 @@ def dscan_kernel(
         k_c = tl.load(k + start * S_K + (r[:, None] * S_K + c[None, :]), mask=inside, other=0.0)
         q_c = tl.load(q + start * S_Q + (r[:, None] * S_Q + c[None, :]), mask=inside, other=0.0)
         do_c = tl.load(do + start * S_O + (r[:, None] * S_O + cv[None, :]), mask=inside, other=0.0)
-        S_d = tl.load(S_all + (wide(chunk) * HV + head) * K * V + (c[:, None] * V + cv[None, :]))
+        S_d = tl.load(S_all + (wide(chunk) * HV + head) * K * V + entry)
         v_c = tl.load(v + start * S_V + (r[:, None] * S_V + cv[None, :]), mask=inside, other=0.0)
         dS_d = dS.to(dtype)
         R_c = v_c  # what is written, R in README.md
@@ -149,4 +155,5 @@ def dscan_kernel(
         if G:
             dg_c = decay_gradient(E_t, before, after, through, C, PRECISION)
             tl.store(dg + of_token + (r // R) * (HV * PARTS), dg_c, mask=(r < rows) & (r % R == 0))
-    tl.store(dinitial + whole, dS)
+    if segment == 0:
+        tl.store(dinitial + whole, dS)

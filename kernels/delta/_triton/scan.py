@@ -7,20 +7,23 @@ Inputs are [rows, heads, channels] with row strides S_x: R rows a token, gates a
 import triton
 import triton.language as tl
 
+from kernels.delta._triton.segments import carry, segment_chunks
 from kernels.delta._triton.tree import chunk_rows, decayed, head_sums, wide
 
 
-@triton.jit(do_not_specialize=["tokens", "per_sequence"])
+@triton.jit(do_not_specialize=["tokens", "per_sequence", "segments", "chunks"])
 def scan_kernel(
-    q, k, v, g, w, own, initial, first_chunk, starts, lengths, o, S_all, final, scale, tokens, per_sequence,
+    q, k, v, g, w, own, initial, local, decay, first_chunk, starts, lengths, o, S_all, final, scale, tokens, per_sequence, segments, chunks,
     S_Q: tl.constexpr, S_K: tl.constexpr, S_V: tl.constexpr, S_G: tl.constexpr, S_W: tl.constexpr,
     H: tl.constexpr, HV: tl.constexpr, HG: tl.constexpr, K: tl.constexpr, V: tl.constexpr, C: tl.constexpr, G: tl.constexpr, W: tl.constexpr,
     OWN: tl.constexpr, S_OWN: tl.constexpr, R: tl.constexpr,
     INITIAL: tl.constexpr, SAVE: tl.constexpr, PACKED: tl.constexpr, EXACT: tl.constexpr, PRECISION: tl.constexpr, BV: tl.constexpr,
 ):  # fmt: skip
-    """One program a sequence, head and block of value columns. SAVE keeps the states before the chunks."""
+    """One program a sequence, head, segment (of packed sequences there is one) and block of value columns. SAVE keeps the states before the chunks.
+    `local` and `decay` are of `segments.py`, not read for one segment."""
     pid = tl.program_id(0)
-    block, head, sequence = pid % (V // BV), pid // (V // BV) % HV, pid // (V // BV * HV)
+    block, head, part = pid % (V // BV), pid // (V // BV) % HV, pid // (V // BV * HV)
+    sequence, segment = part // segments, part % segments
     r, c, cv = tl.arange(0, C), tl.arange(0, K), block * BV + tl.arange(0, BV)
     dtype = v.dtype.element_ty
     q += (head // (HV // H)) * K
@@ -33,17 +36,20 @@ def scan_kernel(
     if PACKED:
         first, end = tl.load(first_chunk + sequence), tl.load(first_chunk + sequence + 1)
     else:
-        first, end = sequence * per_sequence, (sequence + 1) * per_sequence
-    whole = (sequence.to(tl.int64) * HV + head) * K * V + (c[:, None] * V + cv[None, :])
+        first, end = segment_chunks(sequence, segment, per_sequence, chunks)
+    place, entry = sequence.to(tl.int64) * HV + head, c[:, None] * V + cv[None, :]
+    whole = place * K * V + entry
     S = tl.zeros([K, BV], tl.float32)
     if INITIAL:
         S = tl.load(initial + whole)
+    for before in range(segment):
+        S = carry(S, local, decay, place * segments + before, K * V, entry)
     for chunk in range(first, end):
         start, rows = chunk_rows(chunk, starts, lengths, tokens, per_sequence, PACKED, C)
         inside = (r < rows)[:, None]
         S_d = S.to(dtype)
         if SAVE:
-            tl.store(S_all + (wide(chunk) * HV + head) * K * V + (c[:, None] * V + cv[None, :]), S_d)
+            tl.store(S_all + (wide(chunk) * HV + head) * K * V + entry, S_d)
         q_c = tl.load(q + start * S_Q + (r[:, None] * S_Q + c[None, :]), mask=inside, other=0.0)
         k_c = tl.load(k + start * S_K + (r[:, None] * S_K + c[None, :]), mask=inside, other=0.0)
         R_c = tl.load(v + start * S_V + (r[:, None] * S_V + cv[None, :]), mask=inside, other=0.0)
@@ -73,4 +79,5 @@ def scan_kernel(
         if G or W == 1:
             R_c = (R_c.to(tl.float32) * write[:, None]).to(dtype)
         S = tl.dot(tl.trans(k_c), R_c, S, input_precision=PRECISION)
-    tl.store(final + whole, S)
+    if segment == segments - 1:
+        tl.store(final + whole, S)
