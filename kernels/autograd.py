@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import wraps
 from typing import Any
 
 import torch
@@ -18,6 +19,38 @@ def is_direct(x: Tensor) -> bool:
     """
     watched = torch.compiler.is_compiling() or torch.is_grad_enabled() or torch._C._len_torch_dispatch_stack() > 0
     return not watched and type(x) is Tensor
+
+
+class _Once(torch.autograd.Function):
+    """The first `n` of some tensors, which hang on the others too: whoever differentiates them is told."""
+
+    @staticmethod
+    def forward(ctx: Any, n: int, *tensors: Tensor) -> tuple[Tensor, ...]:  # noqa: ARG004
+        return tuple(x.view_as(x) for x in tensors[:n])
+
+    @staticmethod
+    def backward(*_: Any) -> Any:
+        raise RuntimeError("there is no autograd formula for second derivatives here: these gradients cannot be differentiated again")
+
+
+def first_order(backward: Callable[..., Any]) -> Callable[..., Any]:
+    """For an `autograd.Function` whose backward pass is not made of differentiable operations.
+
+    `once_differentiable` of torch leaves its error where `torch.autograd.grad` with named inputs never comes by: second derivatives lack a term then,
+    without a word. Here the gradients hang on all that they were made from.
+    """
+
+    @wraps(backward)
+    def run(ctx: Any, *gradients: Any) -> Any:
+        if torch.compiler.is_compiling() or not torch.is_grad_enabled():
+            return backward(ctx, *gradients)
+        with torch.no_grad():
+            found = backward(ctx, *gradients)
+        made = [x for x in found if isinstance(x, Tensor)]
+        marked = iter(_Once.apply(len(made), *made, *(x for x in (*gradients, *ctx.saved_tensors) if x is not None)))  # type: ignore[no-untyped-call]
+        return tuple(next(marked) if isinstance(x, Tensor) else x for x in found)
+
+    return run
 
 
 def differentiable(op: Any, setup_context: Callable[..., None], backward: Callable[..., Any], outputs: int | None = None) -> Callable[..., Any]:

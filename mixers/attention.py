@@ -81,6 +81,7 @@ class Attention(SequenceMixer[AttentionState]):
         return self._output(torch.cat(outputs, 1)), AttentionState(*(torch.cat(ts) for ts in zip(*states, strict=True)))
 
     def step(self, x_BD: Tensor, state: AttentionState) -> tuple[Tensor, AttentionState]:
+        self.check_step(x_BD, state)
         y, after = self.forward(x_BD.unsqueeze(1), state)
         assert after is not None
         return y.squeeze(1), after

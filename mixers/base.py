@@ -113,6 +113,12 @@ class SequenceMixer(nn.Module, ABC, Generic[StateT]):
             sequences = cu_seqlens.numel() - 1
         self.check_state(state, sequences)
 
+    def check_step(self, x: Tensor, state: tuple[Tensor, ...]) -> None:
+        """Raises ValueError for inputs of `step` that do not fit each other."""
+        if x.ndim != 2 or x.shape[-1] != self.d_model or 0 in x.shape:
+            raise ValueError(f"{type(self).__name__}: input of a step must have shape [B, d_model = {self.d_model}], got {list(x.shape)}")
+        self.check_state(state, x.shape[0])
+
     def check_state(self, state: tuple[Tensor, ...] | None, sequences: int) -> None:
         """Raises ValueError for a state of another number of sequences."""
         if state is not None and any(t.shape[:1] != (sequences,) for t in state):
@@ -132,11 +138,12 @@ def at_least_one(**settings: Any) -> None:
 
 def positive(**settings: Any) -> None:
     """Raises ConfigError for the first of `settings` that is not a finite number above 0, in float32 too."""
-    least = torch.finfo(torch.float32).tiny
+    least, most = torch.finfo(torch.float32).tiny, torch.finfo(torch.float32).max
     for name, value in settings.items():
-        if not isinstance(value, (int, float)) or isinstance(value, bool) or not least <= value < math.inf:
-            small = ", which is too small for float32" if isinstance(value, float) and 0 < value < least else ""
-            raise ConfigError(f"{name}: must be a finite number above 0, got {value!r}{small}")
+        if not isinstance(value, (int, float)) or isinstance(value, bool) or not least <= value <= most:
+            finite = isinstance(value, float) and 0 < value < math.inf
+            size = "" if not finite else "small" if value < least else "large"
+            raise ConfigError(f"{name}: must be a finite number above 0, got {value!r}{f', which is too {size} for float32' if size else ''}")
 
 
 def multiple_of(name: str, value: int, base_name: str, base: int) -> None:

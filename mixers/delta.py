@@ -111,7 +111,7 @@ class DeltaMixer(SequenceMixer[DeltaState]):
         return self._output(o, hidden), None if state is None else DeltaState(S, conv)
 
     def step(self, x_BD: Tensor, state: DeltaState) -> tuple[Tensor, DeltaState]:
-        self.check_state(state, x_BD.shape[0])
+        self.check_step(x_BD, state)
         mixed, hidden, *gates = self._read(x_BD)
         mixed, conv = self.conv.step(mixed, state.conv)
         q, k, v = self._heads(*mixed.split(self._widths, -1))

@@ -11,9 +11,9 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.autograd.function import once_differentiable
 from torch.distributed.tensor import DTensor
 
+from kernels.autograd import first_order
 from mixers.layers import Linear, to_autocast
 
 NARROW = 512  # outputs; layers of fewer share a product, for one of few columns leaves most of a GPU without work
@@ -73,7 +73,7 @@ class _Products(torch.autograd.Function):
         return tuple(F.linear(x, weight) for weight in joined)
 
     @staticmethod
-    @once_differentiable
+    @first_order
     def backward(ctx: Any, *gradients: Tensor | None) -> tuple[Tensor | None, ...]:
         x, *joined = ctx.saved_tensors
         rows, dx = x.reshape(-1, x.shape[-1]), None

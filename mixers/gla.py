@@ -69,7 +69,7 @@ class GatedLinearAttention(SequenceMixer[RecurrentState]):
         return self._output(o, gate), None if state is None else RecurrentState(S)
 
     def step(self, x_BD: Tensor, state: RecurrentState) -> tuple[Tensor, RecurrentState]:
-        self.check_state(state, x_BD.shape[0])
+        self.check_step(x_BD, state)
         *inputs, gate = self._inputs(x_BD)
         o, S = delta_rule_step(*inputs, state=state.S)
         return self._output(o, gate), RecurrentState(S)

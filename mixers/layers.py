@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import final
 
 import torch
@@ -19,12 +20,12 @@ Init = Callable[[Tensor], object]
 
 def xavier(gain: float) -> Init:
     """Uniform in +- gain * sqrt(6 / (fan_in + fan_out))."""
-    return lambda weight: nn.init.xavier_uniform_(weight, gain)
+    return partial(nn.init.xavier_uniform_, gain=gain)  # no lambda: a module can be pickled
 
 
 def normal(std: float) -> Init:
     """Gaussian with mean 0."""
-    return lambda weight: nn.init.normal_(weight, std=std)
+    return partial(nn.init.normal_, std=std)
 
 
 @final
@@ -154,8 +155,8 @@ class ShortConv(nn.Module):
         nn.init.uniform_(self.weight, -bound, bound)
 
     def forward(self, x: Tensor, state: Tensor | None, cu_seqlens: Tensor | None, parts: Sequence[int]) -> tuple[tuple[Tensor, ...], Tensor]:
-        """x [B, T, channels], state [N, size-1, channels] -> y in tensors of the widths `parts`, and the new state."""
-        return causal_conv1d_parts(
+        """x [B, T, channels], state [N, size-1, channels] -> y in tensors of the widths `parts`, and the new state, in the old one's dtype."""
+        y, new = causal_conv1d_parts(
             x,
             self.weight,
             parts=parts,
@@ -165,10 +166,12 @@ class ShortConv(nn.Module):
             state=state,
             cu_seqlens=cu_seqlens,
         )
+        return y, new if state is None else new.to(state.dtype)
 
     def step(self, x: Tensor, state: Tensor) -> tuple[Tensor, Tensor]:
-        """x [B, channels], state [B, size-1, channels] -> y and the new state."""
-        return causal_conv1d_step(x, self.weight, activation="silu", norm_size=self.norm_size, norm_channels=self.norm_channels, state=state)
+        """x [B, channels], state [B, size-1, channels] -> y and the new state, in the dtype of the one before."""
+        y, new = causal_conv1d_step(x, self.weight, activation="silu", norm_size=self.norm_size, norm_channels=self.norm_channels, state=state)
+        return y, new.to(state.dtype)
 
 
 @final

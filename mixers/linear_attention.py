@@ -49,7 +49,7 @@ class LinearAttention(SequenceMixer[RecurrentState]):
         return self._output(o), None if state is None else RecurrentState(S)
 
     def step(self, x_BD: Tensor, state: RecurrentState) -> tuple[Tensor, RecurrentState]:
-        self.check_state(state, x_BD.shape[0])
+        self.check_step(x_BD, state)
         o, S = delta_rule_step(*self._inputs(x_BD), scale=1.0, state=state.S)
         return self._output(o), RecurrentState(S)
 

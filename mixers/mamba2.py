@@ -66,12 +66,14 @@ class BiasedConv(nn.Module):
         nn.init.uniform_(self.bias, -bound, bound)
 
     def forward(self, x: Tensor, state: Tensor | None, cu_seqlens: Tensor | None) -> tuple[Tensor, Tensor]:
-        """x [B, T, channels], state [N, size-1, channels] -> y and the new state."""
-        return causal_conv1d(x, self.weight.squeeze(1), self.bias, activation="silu", state=state, cu_seqlens=cu_seqlens)
+        """x [B, T, channels], state [N, size-1, channels] -> y and the new state, in the dtype of the one before."""
+        y, new = causal_conv1d(x, self.weight.squeeze(1), self.bias, activation="silu", state=state, cu_seqlens=cu_seqlens)
+        return y, new if state is None else new.to(state.dtype)
 
     def step(self, x: Tensor, state: Tensor) -> tuple[Tensor, Tensor]:
-        """x [B, channels], state [B, size-1, channels] -> y and the new state."""
-        return causal_conv1d_step(x, self.weight.squeeze(1), self.bias, activation="silu", state=state)
+        """x [B, channels], state [B, size-1, channels] -> y and the new state, in the dtype of the one before."""
+        y, new = causal_conv1d_step(x, self.weight.squeeze(1), self.bias, activation="silu", state=state)
+        return y, new.to(state.dtype)
 
 
 @final
@@ -163,7 +165,7 @@ class Mamba2(SequenceMixer[DeltaState]):
         return self._output(o, v, gate), None if state is None or S is None else DeltaState(S, conv)
 
     def step(self, x_BD: Tensor, state: DeltaState) -> tuple[Tensor, DeltaState]:
-        self.check_state(state, x_BD.shape[0])
+        self.check_step(x_BD, state)
         gate, mixed, f = self._project(x_BD)
         mixed, conv = self.conv1d.step(mixed, state.conv)
         q, k, v = self._heads(mixed)

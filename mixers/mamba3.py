@@ -110,6 +110,8 @@ class Mamba3(SequenceMixer[Mamba3State]):
         positive(norm_eps=norm_eps, dt_min=dt_min, dt_max=dt_max, dt_floor=dt_floor, a_floor=a_floor)
         if dt_min > dt_max:
             raise ConfigError(f"dt_min: must be at most dt_max = {dt_max:g}, got {dt_min:g}")
+        if dt_floor > dt_max:
+            raise ConfigError(f"dt_floor: must be at most dt_max = {dt_max:g}, got {dt_floor:g}: every Delta would start there")
         refusal = mamba_ssm.siso_refusal(head_dim, d_state, mimo_rank, self.num_angles)
         self.kernels = mamba_ssm.choose(backend, AUTO, d_state, refusal, mamba_ssm.SISO_DTYPES)
         shared, init = mimo_rank * num_groups * d_state, xavier(MIXER_GAIN)
@@ -201,7 +203,7 @@ class Mamba3(SequenceMixer[Mamba3State]):
                 raise ValueError(f"Mamba3: the state's {name} must be {kind} of shape {[sequences, *shape]}, got {x.dtype} of {list(x.shape)}")
 
     def step(self, x_BD: Tensor, state: Mamba3State) -> tuple[Tensor, Mamba3State]:
-        self.check_state(state, x_BD.shape[0])
+        self.check_step(x_BD, state)
         z, v, B, C, raw = self._project(x_BD)
         steps = self.step_size(*raw)
         one = steps._replace(theta=steps.theta.unsqueeze(1), delta=steps.delta.unsqueeze(1))  # a sequence of one token

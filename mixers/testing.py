@@ -244,3 +244,44 @@ def test_bad_input_raises(case: Case) -> None:
     for call in bad:
         with pytest.raises(ValueError, match=r"\w"):
             call()
+
+
+def test_second_derivatives_are_right_or_refused(case: Case) -> None:
+    """Also by `torch.autograd.grad`, which passes over what `once_differentiable` raises: the change of a gradient along a direction."""
+    mixer, x = case.build(), inputs(1, 20, case.d_model, dtype=torch.float64).requires_grad_()
+    weights, along = inputs(1, 20, case.d_model, dtype=torch.float64, seed=2), inputs(1, 20, case.d_model, dtype=torch.float64, seed=3)
+    parameters = [p for p in mixer.parameters() if p.ndim > 1]
+
+    def slope(x: Tensor) -> Tensor:
+        (g,) = torch.autograd.grad((mixer(x)[0] * weights).sum(), x, create_graph=True)
+        return (g * along).sum()
+
+    try:
+        found = torch.autograd.grad(slope(x), [x, *parameters], allow_unused=True)
+    except RuntimeError:  # refused
+        return
+    h, directions = 1e-6, [inputs(*t.shape, dtype=torch.float64, seed=4) for t in (x, *parameters)]
+    exact = sum(((g * d).sum() for g, d in zip(found, directions, strict=True) if g is not None), torch.zeros(()))
+
+    def moved(by: float) -> Tensor:
+        with torch.no_grad():
+            for p, d in zip(parameters, directions[1:], strict=True):
+                p.add_(d, alpha=by)
+        value = slope((x + by * directions[0]).detach().requires_grad_()).detach()
+        with torch.no_grad():
+            for p, d in zip(parameters, directions[1:], strict=True):
+                p.sub_(d, alpha=by)
+        return value
+
+    measured = (moved(h) - moved(-h)) / (2 * h)
+    assert abs(float(exact - measured)) <= 1e-5 * max(abs(float(measured)), 1e-3), (float(exact), float(measured))
+
+
+def test_caches_keep_their_dtype(case: Case) -> None:
+    """What `init_state` was asked for, through forwards and steps of another dtype."""
+    mixer, x = case.build(torch.float32), inputs(2, 9, case.d_model, dtype=torch.float32)
+    for dtype in (torch.bfloat16, torch.float32):
+        before = mixer.init_state(2, max_tokens=12, dtype=dtype)
+        _, after = mixer(x, before)
+        _, after_step = mixer.step(x[:, 0], after)
+        assert [t.dtype for t in after] == [t.dtype for t in after_step] == [t.dtype for t in before]

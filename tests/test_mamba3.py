@@ -277,6 +277,8 @@ def test_state_dicts_that_do_not_fit() -> None:
         ({"dt_min": 0.2}, "dt_min: must be at most dt_max = 0.1, got 0.2"),
         ({"dt_min": 0.0}, "dt_min: must be a finite number above 0, got 0.0"),
         ({"norm_eps": 1e-46}, "norm_eps: must be a finite number above 0, got 1e-46, which is too small for float32"),
+        ({"dt_max": 1e39}, r"dt_max: must be a finite number above 0, got 1e\+39, which is too large for float32"),
+        ({"dt_floor": 0.2}, "dt_floor: must be at most dt_max = 0.1, got 0.2"),
         ({"dt_floor": 0.0}, "dt_floor: must be a finite number above 0, got 0.0"),
         ({"a_floor": -1.0}, "a_floor: must be a finite number above 0, got -1.0"),
         ({"norm_eps": float("nan")}, "norm_eps: must be a finite number above 0, got nan"),

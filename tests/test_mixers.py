@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import pickle
 
 import pytest
 import torch
@@ -11,7 +12,7 @@ from torch import Tensor
 
 from mixers import fan_out, registry
 from mixers.attention import Attention
-from mixers.contract import error
+from mixers.contract import error, small_settings
 from mixers.delta import DeltaMixer
 from mixers.gdn2 import GatedDeltaNet2
 from mixers.init import initialize
@@ -212,6 +213,17 @@ def test_rotary_positions_are_relative_and_exact_far_out() -> None:
     assert torch.equal(rotate(q, torch.tensor([[0]]), 1e4), q)
     in_fp32 = rotate(q.float(), torch.tensor([[1_000_003]]), 1e4)
     assert error(in_fp32, rotate(q, torch.tensor([[1_000_003]]), 1e4)) < 1e-6
+
+
+@pytest.mark.parametrize("name", sorted(registry.available()))
+def test_mixers_can_be_pickled_and_refuse_tokens_of_another_width(name: str) -> None:
+    mixer = built(name, **small_settings(name, {}))
+    x = torch.randn(2, 5, D, dtype=torch.float64)
+    assert torch.equal(pickle.loads(pickle.dumps(mixer))(x)[0], mixer(x)[0])
+    state = mixer.init_state(2, max_tokens=8)
+    for bad in (x[:, :1], x[:, 0, :-1], x[0]):
+        with pytest.raises(ValueError, match=r"^[^\n]*shape \[[^\n]*\]$|holds? 2 sequences|must hold"):
+            mixer.step(bad, state)
 
 
 def test_full_attention_cache_does_not_overflow_silently() -> None:

@@ -8,8 +8,8 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
+from kernels.autograd import first_order
 from kernels.varlen import gather_rows, scatter_rows, sequence_lengths, token_table
 
 NORM_EPS = 1e-6  # added to the sum of squares
@@ -40,7 +40,7 @@ class _Taps(torch.autograd.Function):
         return y
 
     @staticmethod
-    @once_differentiable
+    @first_order
     def backward(ctx, grad: Tensor) -> tuple[Tensor, Tensor]:  # type: ignore[no-untyped-def]
         x, kernel = ctx.saved_tensors
         rows, grad_x = grad.shape[0], torch.zeros_like(x)

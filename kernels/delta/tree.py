@@ -16,7 +16,8 @@ from collections.abc import Iterator
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
+
+from kernels.autograd import first_order
 
 
 def _levels(g: Tensor) -> Iterator[tuple[int, Tensor, Tensor]]:
@@ -53,7 +54,7 @@ class _TreeScores(torch.autograd.Function):
         return scores
 
     @staticmethod
-    @once_differentiable
+    @first_order
     def backward(ctx, grad: Tensor) -> tuple[Tensor, Tensor, Tensor]:  # type: ignore[no-untyped-def]
         left, k, g = ctx.saved_tensors
         d_left, d_k = torch.zeros_like(left), torch.zeros_like(k)

@@ -164,7 +164,7 @@ def draw(rows: list[Row], path: Path) -> bool:
     if not lines:
         return False
     from matplotlib.figure import Figure
-    from matplotlib.ticker import FuncFormatter, NullFormatter
+    from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
     figure = Figure(figsize=(9, 4.5), layout="constrained")
     axes = figure.subplots()
@@ -176,6 +176,7 @@ def draw(rows: list[Row], path: Path) -> bool:
     axes.set_yscale("log", base=2)
     lengths = sorted({tokens for points in lines.values() for tokens, _ in points})
     axes.set_xticks(lengths, [f"{tokens // 1024}K" if tokens % 1024 == 0 else f"{tokens:,}" for tokens in lengths])
+    axes.yaxis.set_major_locator(LogLocator(base=2, subs=(1, 1.5)))  # powers of two alone may be one tick, or none
     axes.yaxis.set_major_formatter(FuncFormatter(lambda ms, _: f"{ms:g}"))
     for axis in (axes.xaxis, axes.yaxis):
         axis.set_minor_formatter(NullFormatter())
