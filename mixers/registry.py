@@ -94,7 +94,12 @@ def resolve(name: str, settings: Mapping[str, Settings], *, key: str = "layout")
     own = _entry(settings, name)
     base = own.pop("mixer", None)
     if base is None:
-        source = find(name, key=key)
+        try:
+            source = find(name, key=key)
+        except ConfigError as error:
+            if not own:
+                raise
+            raise ConfigError(f"{error}; mixers.{name} has no key mixer, but {', '.join(map(repr, own))}") from None
         cls = load(source, key=f"{key} {name}")
         return cls, _checked(cls, {**source.preset, **own}, f"mixers.{name}", source.preset)
     if name in available():

@@ -56,6 +56,7 @@ BAD = [
     ("gdn2", {"gdn2": 5}, "mixers.gdn2: must be a mapping"),
     ("swa", {"swa": {"window": None}}, "mixers.swa.window: must not be null"),
     ("local", {"local": {"window": 3}}, "an alias: a name in mixers with the key mixer"),
+    ("local", {"local": {"mixer:swa": None}}, "; mixers.local has no key mixer, but 'mixer:swa'"),
     ("mixers.base.SequenceMixer", {}, "is abstract"),
     ("no_such_pkg.Mixer", {}, "cannot import no_such_pkg.Mixer"),
     ("mixers.gdn2.Nothing", {}, "cannot import"),

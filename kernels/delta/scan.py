@@ -31,7 +31,7 @@ def forward(q: Tensor, k: Tensor, v: Tensor, g: Tensor | None, w: Tensor | None,
     final = v.new_empty(problem.sequences, problem.v_heads, k_dim, v_dim, dtype=torch.float32)
     options = _options(problem)
     segments = segments_of(problem)
-    local = between(problem, segments, x["k"], x["v"], 1.0, weights.settings["R"], back=False)
+    local = between(problem, segments, x["k"], x["v"], 1.0, weights.settings["R"], final, back=False)
     scan_kernel[(problem.sequences * segments.number * problem.v_heads * (v_dim // options["BV"]),)](
         x["q"], x["k"], x["v"], x["g"], x["w"], weights.own, final if state is None else state.contiguous(), *local, *problem.chunks,
         o, states, final, scale, **problem.lengths, **segments.arguments, **weights.settings, INITIAL=state is not None, SAVE=save,
@@ -66,15 +66,18 @@ def segments_of(problem: Problem) -> Segments:
     return Segments(-(-chunks // each), each)
 
 
-def between(problem: Problem, segments: Segments, x: Tensor, y: Tensor, scale: float, ranks: int, *, back: bool) -> tuple[Tensor, Tensor]:
-    """What each segment adds to the state [sequences, HV, N, K, V] and its decay [sequences, HV, N], float32; not read for one segment."""
+def between(
+    problem: Problem, segments: Segments, x: Tensor, y: Tensor, scale: float, ranks: int, like: Tensor, *, back: bool
+) -> tuple[Tensor, Tensor]:
+    """What each segment adds to the state [sequences, HV, N, K, V], and its decay [sequences, HV, N], in `like`'s dtype, float32. For one segment
+    `like`, which is not read then: a kernel that got a pointer of another dtype would be another kernel."""
     from kernels.delta._triton.segments import segments_kernel
 
     if segments.number == 1:
-        return x, x
+        return like, like
     s, options = problem.settings, _options(problem)
     lead = (problem.sequences, problem.v_heads, segments.number)
-    local, decay = x.new_empty(*lead, *problem.sizes, dtype=torch.float32), x.new_empty(lead, dtype=torch.float32)
+    local, decay = like.new_empty(*lead, *problem.sizes), like.new_empty(lead)
     programs = problem.sequences * (segments.number - 1) * problem.v_heads * (problem.sizes[1] // options["BV"])
     settings = problem.only("S_G", "S_W", "H", "HV", "HG", "K", "V", "C", "G", "EXACT", "PRECISION")
     segments_kernel[(programs,)](
@@ -127,7 +130,7 @@ def backward(
     dinitial = dfinal.new_empty(dfinal.shape)  # in the order of its axes, whatever the order of dfinal's
     out = [made.get(name, dinitial) for name in ("dq", "dk", "dv", "dg", "dw", "down")]
     segments = segments_of(problem)
-    local = between(problem, segments, x["q"], do, scale, ranks, back=True)
+    local = between(problem, segments, x["q"], do, scale, ranks, dinitial, back=True)
     dscan_kernel[(problem.sequences * segments.number * problem.v_heads * parts,)](
         x["q"], x["k"], x["v"], x["g"], x["w"], weights.own, *kept, do, dfinal.contiguous(), *local, *problem.chunks, *out, dinitial, scale,
         **problem.lengths, **segments.arguments, **weights.settings, S_O=do.stride(1), **problem.only(*INPUTS), **options,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import difflib
 import re
 from collections.abc import Iterable
@@ -29,7 +30,7 @@ def explain(message: str, legal: Iterable[str]) -> ConfigError:
     if found := re.match(r"argument --(\S+): (.+)", message, re.DOTALL):
         return ConfigError(f"{found[1]}: {_squeeze(found[2])}")
     if found := re.match(r'Parser key "([^"]+)":\s*(.*)', message, re.DOTALL):
-        return ConfigError(f"{found[1]}: {_reason(found[2])}")
+        return ConfigError(_of_entry(found[1], found[2]) or f"{found[1]}: {_reason(found[2])}")
     return ConfigError(_squeeze(message))
 
 
@@ -49,12 +50,28 @@ def unknown_key(key: str, legal: Iterable[str]) -> ConfigError:
     return ConfigError(f"{key}: unknown key (legal{f' in {group}' if group else ''}: {', '.join(beside) or 'none'})")
 
 
+def _of_entry(key: str, text: str) -> str | None:
+    """What is wrong where an entry of a mapping of mappings is none: that entry, not all of them."""
+    given = re.search(r"Given value: (.*)\Z", text, re.DOTALL)
+    if given is None or not re.search(r"Expected a <class 'dict'>", text):
+        return None
+    try:
+        entries = ast.literal_eval(given[1].strip())
+    except (SyntaxError, ValueError):
+        return None
+    if not isinstance(entries, dict):
+        return None
+    wrong = next(((name, value) for name, value in entries.items() if value is not None and not isinstance(value, dict)), None)
+    return None if wrong is None else f"{key}.{wrong[0]}: expected dict, got {wrong[1]!r}"
+
+
 def _reason(text: str) -> str:
     """Why a value does not fit. Of a union's reasons those that say most; its members if none says more than that."""
     given = re.search(r"Given value: (.*)\Z", text, re.DOTALL)
     if given is None:
         return _squeeze(text)
-    value = _squeeze(given[1])[:80]
+    value = _squeeze(given[1])
+    value = value if len(value) <= 80 else f"{value[:77]}..."
     reasons = text.partition("Errors:")[2].partition("Given value type:")[0].split("\n    - ")
     telling = [_squeeze(reason) for reason in reasons if re.search(r"Problem with|Got value|dot import path", reason)]
     types = re.search(r"Subtypes: \[(.*)\]", text)
