@@ -10,18 +10,21 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
+import weakref
 from collections.abc import Iterator
 from itertools import islice
 from multiprocessing.context import set_spawning_popen
 from multiprocessing.reduction import ForkingPickler
 from pathlib import Path
 from types import SimpleNamespace
+from typing import ClassVar
 
 import numpy as np
 import pytest
 
-from lit_modules.data import PackedText, loaders
+from lit_modules.data import PackedText, loaders, workers
 from lit_modules.data.loaders import TrainLoader
 from lit_modules.data.workers import SharedTokens
 from lit_modules.parallel import lost_process
@@ -205,6 +208,45 @@ def test_no_socket_for_the_server(corpus: Path) -> None:
     done = subprocess.run([sys.executable, "-c", program], env=environment, capture_output=True, text=True, check=False)
     assert done.stderr == ""
     assert done.stdout.startswith("data.num_workers: no worker process can be started: AF_UNIX path too long (a socket there has ")
+
+
+def test_a_worker_that_is_killed_before_it_has_sent_anything(corpus: Path) -> None:
+    """Nothing arrives then, and no message is cut: only looking for it finds it, long before the wait for a batch is over."""
+    batches = iter(data_of(corpus, 1).train_dataloader())
+
+    def kill() -> None:
+        while not (found := multiprocessing.active_children()):
+            time.sleep(0.001)
+        os.kill(found[0].pid, signal.SIGKILL)
+
+    killer = threading.Thread(target=kill)
+    killer.start()
+    begun = time.monotonic()
+    with pytest.raises(RuntimeError, match="exited unexpectedly"):
+        [*islice(batches, 100)]
+    killer.join()
+    assert time.monotonic() - begun < loaders.PATIENCE / 10
+
+
+def test_a_batch_that_never_comes_ends_the_wait() -> None:
+    class Batches:
+        waited: ClassVar[list[float]] = []
+
+        def _try_get_data(self, timeout: float) -> tuple[bool, str | None]:
+            self.waited.append(timeout)
+            time.sleep(timeout)
+            return len(self.waited) > 9, "batch"
+
+    batches = Batches()
+    gone = weakref.ref(batches)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(workers, "LOOK", 0.02)
+        workers.look_after(batches)
+        assert batches._try_get_data(0.07)[0] is False
+        assert 3 <= len(batches.waited) <= 5
+        assert batches._try_get_data(60) == (True, "batch")
+    del batches
+    assert gone() is None  # and its workers with it
 
 
 @pytest.mark.fault("a loader worker is killed", "SIGKILL", "what came behind the last checkpoint; one line, exit code 1")

@@ -18,7 +18,7 @@ from torch.utils.data import DataLoader, Sampler
 
 from lit_modules.data.stream import TokenArray
 from lit_modules.data.windows import Batch, Packer, Windows
-from lit_modules.data.workers import METHOD, leave_signals_to_parent, starting
+from lit_modules.data.workers import METHOD, leave_signals_to_parent, look_after, starting
 from mixers.errors import ConfigError
 
 SHARED_MEMORY = "/dev/shm"  # where torch's worker processes hand over tensors, on Linux
@@ -102,6 +102,8 @@ def _batches(windows: Windows, packer: Packer, micro_batches: MicroBatches, num_
     try:
         with starting(num_workers):
             batches = iter(loader)
+        if num_workers:
+            look_after(batches)
         yield from batches
         return
     except (ConnectionError, EOFError) as error:  # a worker that was killed while it handed over a batch; else torch says it

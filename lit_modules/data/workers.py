@@ -12,6 +12,7 @@ import signal
 import sys
 import tempfile
 import threading
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from multiprocessing import forkserver, get_all_start_methods, parent_process, resource_tracker
@@ -19,7 +20,7 @@ from multiprocessing.context import get_spawning_popen
 from multiprocessing.reduction import DupFd
 from types import ModuleType
 from typing import Any, final
-from weakref import finalize
+from weakref import WeakMethod, finalize
 
 import numpy as np
 
@@ -28,6 +29,29 @@ from lit_modules.data.stream import TokenArray
 SIGNALS = [getattr(signal, name) for name in ("SIGTERM", "SIGINT", "SIGUSR1") if hasattr(signal, name)]
 METHOD = "forkserver" if "forkserver" in get_all_start_methods() else None  # None: the system's own
 PRELOAD = ["lit_modules.data.shards", "lit_modules.data.windows", __name__]
+
+
+LOOK = 5.0  # seconds of waiting for a batch, after which a worker is looked for that has died
+
+
+def look_after(batches: Any) -> None:
+    """Has the iterator of a DataLoader with a `timeout` find a dead worker within seconds.
+
+    torch looks for one when the wait for a batch has been in vain, so after the whole timeout. Its handler of SIGCHLD, which would be told at once,
+    never hears of a worker whose parent is the server.
+    """
+    wait = WeakMethod(batches._try_get_data)  # the iterator must not hold itself: its workers end with it
+
+    def watched(timeout: float = LOOK) -> tuple[bool, Any]:
+        until = time.monotonic() + timeout
+        while True:
+            once, left = wait(), until - time.monotonic()
+            assert once is not None
+            found: tuple[bool, Any] = once(max(0.0, min(LOOK, left)))
+            if found[0] or left <= LOOK:
+                return found
+
+    batches._try_get_data = watched
 
 
 def start_server() -> None:
