@@ -18,7 +18,7 @@ import pytest
 import torch
 from cli_cases import CONFIG, fill, here_fixture, one_thread, run_of  # noqa: F401
 
-from kernels.tiles import Key, Tile, used
+from kernels.tiles import Key, Tile
 from lit_modules.autopsy import FILE as AUTOPSY
 from lit_modules.checkpoint import read_checkpoint
 from lit_modules.decoder_lm import DecoderLM
@@ -119,9 +119,7 @@ def test_environment_and_tiles(here: Path, monkeypatch: pytest.MonkeyPatch) -> N
     monkeypatch.setenv("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     monkeypatch.setenv("NCCL_ALGO", "Ring")
     monkeypatch.setenv("MY_PASSWORD", "secret")
-    for other in list(used):  # of tests before this one
-        monkeypatch.delitem(used, other)
-    monkeypatch.setitem(used, ("delta_rule", "forward", Key("sm_90", 2, 128)), Tile(8, 3, {"BT": 64}))
+    monkeypatch.setattr("kernels.tiles.used", {("delta_rule", "forward", Key("sm_90", 2, 128)): Tile(8, 3, {"BT": 64})})
     assert main(["fit", "--config=small.yaml", "--trainer.max_steps=1"]) == 0
     about = receipt_of(run_of(here))
     assert about["environment"].items() >= {"CUBLAS_WORKSPACE_CONFIG": ":4096:8", "NCCL_ALGO": "Ring"}.items()
