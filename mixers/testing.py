@@ -256,10 +256,13 @@ def test_second_derivatives_are_right_or_refused(case: Case) -> None:
         (g,) = torch.autograd.grad((mixer(x)[0] * weights).sum(), x, create_graph=True)
         return (g * along).sum()
 
+    first = slope(x)
     try:
-        found = torch.autograd.grad(slope(x), [x, *parameters], allow_unused=True)
-    except RuntimeError:  # refused
-        return
+        found = torch.autograd.grad(first, [x, *parameters], allow_unused=True)
+    except RuntimeError as error:
+        if any(word in str(error) for word in ("autograd formula", "differentiate", "derivative")):
+            return  # refused
+        raise
     h, directions = 1e-6, [inputs(*t.shape, dtype=torch.float64, seed=4) for t in (x, *parameters)]
     exact = sum(((g * d).sum() for g, d in zip(found, directions, strict=True) if g is not None), torch.zeros(()))
 
