@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any, NamedTuple
 
 import torch
@@ -12,7 +13,7 @@ from kernels.delta.backward import sum_heads
 from kernels.delta.forward import Problem, as_rows, make_problem
 
 # Sequences are divided where there are at most FEW programs, into as many segments of at least LEAST chunks as give some MANY programs.
-FEW, MANY, LEAST, MOST = 288, 1152, 32, 16
+FEW, MANY, LEAST = 576, 2304, 8
 INPUTS = ("S_Q", "S_K", "S_V", "S_G", "S_W", "H", "HV", "HG", "K", "V", "C", "G", "W", "PACKED", "EXACT", "PRECISION")
 
 
@@ -58,12 +59,17 @@ class Segments(NamedTuple):
 
 def segments_of(problem: Problem) -> Segments:
     """One segment for packed sequences, whose lengths only the device knows, and where there are programs enough."""
-    chunks, programs = problem.lengths["per_sequence"], problem.sequences * problem.v_heads
-    if problem.settings["PACKED"] or programs > FEW:
+    chunks = problem.lengths["per_sequence"]
+    if problem.settings["PACKED"]:
         return Segments(1, chunks)
-    number = max(1, min(MANY // programs, chunks // LEAST, MOST))
-    each = -(-chunks // number)
+    each = -(-chunks // how_many(chunks, problem.sequences * problem.v_heads))
     return Segments(-(-chunks // each), each)
+
+
+def how_many(chunks: int, programs: int) -> int:
+    """Segments of sequences of so many chunks, that were as many programs if whole. No more than each has chunks: a program goes through the segments
+    before its own too."""
+    return 1 if programs > FEW else max(1, min(MANY // programs, chunks // LEAST, math.isqrt(chunks)))
 
 
 def between(

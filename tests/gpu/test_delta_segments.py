@@ -38,8 +38,7 @@ def divided(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[int]]:
         seen.append(segments.number)
         return segments
 
-    monkeypatch.setattr(scan, "LEAST", 1)
-    monkeypatch.setattr(scan, "MOST", 3)
+    monkeypatch.setattr(scan, "how_many", lambda chunks, _programs: min(chunks, 3))
     monkeypatch.setattr(scan, "segments_of", watched)
     yield seen
     assert seen
@@ -130,15 +129,17 @@ def test_packed_sequences_are_whole(divided: list[int]) -> None:
 @pytest.mark.parametrize(
     ("sequences", "heads", "chunks", "segments"),
     [
-        (1, 72, 1024, (16, 64)),
-        (2, 72, 512, (8, 64)),
-        (4, 72, 256, (4, 64)),
-        (8, 72, 128, (1, 128)),  # programs enough
-        (1, 24, 63, (1, 63)),  # too short
-        (1, 24, 65, (2, 33)),
-        (1, 1, 1000, (16, 63)),
-        (1, 1, 97, (3, 33)),  # the last one of 31
-        (288, 1, 64, (2, 32)),
+        (1, 72, 1024, (32, 32)),
+        (2, 72, 512, (16, 32)),
+        (4, 72, 256, (8, 32)),
+        (8, 72, 128, (4, 32)),
+        (9, 72, 128, (1, 128)),  # programs enough
+        (1, 24, 15, (1, 15)),  # too short
+        (1, 24, 16, (2, 8)),
+        (4, 72, 64, (8, 8)),
+        (1, 1, 1000, (31, 33)),
+        (1, 1, 97, (9, 11)),  # the last one of 9
+        (1, 1, 101, (10, 11)),  # the last one of 2
         (1, 1, 1, (1, 1)),
     ],
 )
