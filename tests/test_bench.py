@@ -15,6 +15,7 @@ from torch import Tensor
 
 from mixers import mamba_ssm
 from mixers.gdn2 import GatedDeltaNet2
+from mixers.mamba3 import Mamba3
 from recipes.__main__ import main
 from recipes.commands import bench_groups, bench_layer, bench_ops, bench_rows, problems
 from recipes.commands.bench_first import first_call_seconds
@@ -206,6 +207,14 @@ def test_a_layer_is_proved_against_float64() -> None:
     assert len(entry.forward_backward()) == 1 + len(list(layer.parameters()))
     wrong = entry._replace(function=lambda **leaves: 1.2 * entry.function(**leaves))
     assert bench_layer.error_of(wrong, layer) > bench_layer.TOLERANCE
+
+
+def test_ranks_have_rows_of_their_own(tmp_path: Path) -> None:
+    given = options(tmp_path)
+    for ranks in (1, 2):
+        layer = Mamba3(16, head_dim=8, d_state=8, mimo_rank=ranks)
+        assert bench_layer.measure("mamba3", {"ours": layer}, torch.randn(1, 20, 16), torch.float32, FakeClock(0.5), MACHINE, given)
+    assert [row.what for row in bench_rows.read(tmp_path, "layer")] == ["mamba3 layer", "mamba3 layer, rank 2"]
 
 
 def test_first_call_of_a_process_that_fails_is_no_figure(capsys: pytest.CaptureFixture[str]) -> None:

@@ -70,10 +70,11 @@ def theirs(module: Any) -> nn.Module:
 
 def measure(name: str, modules: dict[str, nn.Module], x: Tensor, dtype: torch.dtype, clock: Clock, machine: Machine, given: Any) -> bool:
     """Proves, times and writes down a layer, ours first. False if ours is wrong: then there is no figure."""
-    what, (batch, tokens, d_model) = f"{name} layer", x.shape
+    ours, (batch, tokens, d_model) = modules["ours"], x.shape
+    ranks = vars(ours).get("mimo_rank", 1)
+    what = f"{name} layer, rank {ranks}" if ranks > 1 else f"{name} layer"
     entries = [entry_of(what, impl, module, x, dtype) for impl, module in modules.items()]
     title = f"{what}, d_model {d_model}, {batch} x {tokens:,} tokens, {given.dtype} autocast"
-    ours = modules["ours"]
     worst = error_of(entries[0], ours)
     if not worst <= TOLERANCE:
         print(f"{title}: no figure: off by {worst:.1e} of the largest entry, {TOLERANCE:g} are allowed", flush=True)
