@@ -24,7 +24,7 @@ def main(words: list[str]) -> int:
     if not os.environ.get("PYTORCH_NO_CUDA_MEMORY_CACHING"):
         print("PYTORCH_NO_CUDA_MEMORY_CACHING=1 is not set: accesses into the allocator's own blocks would not be seen", file=sys.stderr)
         return 2
-    scan.how_many = lambda chunks, _programs: min(chunks, 3)  # a sequence long enough to be divided otherwise takes minutes here
+    scan.how_many = lambda chunks, _states: min(chunks, 3)  # a sequence long enough to be divided otherwise takes minutes here
     trials = [trial for trial in checks.select(dtypes=(torch.bfloat16, torch.float32)) if "long" not in trial.label]
     chosen = [trial for trial in trials if all(word in trial.label for word in words)]
     wrong = 0

@@ -170,7 +170,7 @@ def _check_dtypes(op: str, q: Tensor, k: Tensor, v: Tensor, g: Tensor | None, b:
         raise TypeError(f"{op}: g must be {accumulator} for {dtype} values, got {g.dtype}")
     for name, x in (("b", b), ("w", w)):
         if x is not None and x.dtype != dtype and x.dtype != accumulator:
-            raise TypeError(f"{op}: {name} must be {dtype} or {accumulator}, got {x.dtype}")
+            raise TypeError(f"{op}: {name} must be {' or '.join(dict.fromkeys(map(str, (dtype, accumulator))))}, got {x.dtype}")
     for name, x in (("k", k), ("v", v), ("g", g), ("b", b), ("w", w)):
         if x is not None and x.device != device:
             raise ValueError(f"{op}: {name} is on {x.device}, q on {device}")

@@ -12,8 +12,9 @@ from torch import Tensor
 from kernels.delta.backward import sum_heads
 from kernels.delta.forward import Problem, as_rows, make_problem
 
-# Sequences are divided where there are at most FEW programs, into as many segments of at least LEAST chunks as give some MANY programs.
-FEW, MANY, LEAST = 576, 2304, 8
+# Sequences of at least LONG chunks are divided where there are at most FEW states (sequences times value heads), so that there are some MANY, into segments
+# of at least LEAST chunks.
+LONG, FEW, MANY, LEAST = 32, 576, 2304, 8
 INPUTS = ("S_Q", "S_K", "S_V", "S_G", "S_W", "H", "HV", "HG", "K", "V", "C", "G", "W", "PACKED", "EXACT", "PRECISION")
 
 
@@ -66,10 +67,10 @@ def segments_of(problem: Problem) -> Segments:
     return Segments(-(-chunks // each), each)
 
 
-def how_many(chunks: int, programs: int) -> int:
-    """Segments of sequences of so many chunks, that were as many programs if whole. No more than each has chunks: a program goes through the segments
-    before its own too."""
-    return 1 if programs > FEW else max(1, min(MANY // programs, chunks // LEAST, math.isqrt(chunks)))
+def how_many(chunks: int, states: int) -> int:
+    """Segments of sequences of so many chunks, with so many states in all. No more than each has chunks: a program goes through the segments before
+    its own too."""
+    return 1 if chunks < LONG or states > FEW else min(MANY // states, chunks // LEAST, math.isqrt(chunks))
 
 
 def between(

@@ -38,20 +38,21 @@ def divided(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[int]]:
         seen.append(segments.number)
         return segments
 
-    monkeypatch.setattr(scan, "how_many", lambda chunks, _programs: min(chunks, 3))
+    monkeypatch.setattr(scan, "how_many", lambda chunks, _states: min(chunks, 3))
     monkeypatch.setattr(scan, "segments_of", watched)
     yield seen
     assert seen
 
 
 def make(
-    tokens: int = 150, ranks: int = 0, groups: int = 1, sizes: tuple[int, int] = (SIZE, SIZE), batch: int = 2, without: tuple[str, ...] = ()
-) -> Problem:
+    tokens: int = 150, ranks: int = 0, groups: int = 1, sizes: tuple[int, int] = (SIZE, SIZE), batch: int = 2, without: tuple[str, ...] = (),
+    decay: float = 5.0,
+) -> Problem:  # fmt: skip
     """Decays between none and many thousand times, write gates of any sign; with ranks a weight of a token's own too."""
     shape, draw = Shape(batch, tokens, 2, *sizes, groups), Draw(seed=tokens + ranks)
     ranked = partial(problems.ranked_delta_rule, ranks=ranks)
     problem = ranked(shape, draw) if ranks else problems.delta_rule("mamba2", shape, draw, state=True)
-    leaves = {name: x * 5 if name == "g" else 3 * x - 1 if name in ("w", "own") else x for name, x in problem.leaves.items()}
+    leaves = {name: x * decay if name == "g" else 3 * x - 1 if name in ("w", "own") else x for name, x in problem.leaves.items()}
     return problem._replace(leaves={name: x for name, x in leaves.items() if name not in without})
 
 
@@ -63,6 +64,8 @@ def channels(problem: Problem) -> Problem:
 CASES: dict[str, tuple[Problem, torch.dtype]] = {
     "gates per head": (make(), SINGLE),
     "segments of two chunks, a last one of one token": (make(257, groups=2, batch=1), SINGLE),
+    "slow decays, segments of two chunks": (make(257, groups=2, batch=1, decay=0.05), SINGLE),
+    "slow decays, rank 4": (make(70, ranks=4, batch=1, decay=0.2), SINGLE),
     "gates per channel": (channels(make()), SINGLE),
     "no gates": (make(without=("g", "w")), SINGLE),
     "no state": (make(without=("state",)), SINGLE),
@@ -133,9 +136,9 @@ def test_packed_sequences_are_whole(divided: list[int]) -> None:
         (2, 72, 512, (16, 32)),
         (4, 72, 256, (8, 32)),
         (8, 72, 128, (4, 32)),
-        (9, 72, 128, (1, 128)),  # programs enough
-        (1, 24, 15, (1, 15)),  # too short
-        (1, 24, 16, (2, 8)),
+        (9, 72, 128, (1, 128)),  # states enough
+        (1, 24, 31, (1, 31)),  # too short
+        (1, 24, 32, (4, 8)),
         (4, 72, 64, (8, 8)),
         (1, 1, 1000, (31, 33)),
         (1, 1, 97, (9, 11)),  # the last one of 9

@@ -19,6 +19,7 @@ from kernels.delta import reference
 
 pytestmark = pytest.mark.gpu
 poisoned = pytest.mark.usefixtures("poison")
+both = pytest.mark.parametrize("mixer", ["kda", "mamba2"])  # the launches with erase, and those without
 
 
 @pytest.fixture
@@ -28,8 +29,8 @@ def _much_memory(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
         yield
 
 
-def drawn(lead: tuple[int, int], heads: int, v_heads: int, k_dim: int, v_dim: int, dtype: torch.dtype) -> dict[str, Tensor]:
-    """q, k, v and the gates of KDA, drawn on the device; decays are small."""
+def drawn(lead: tuple[int, int], heads: int, v_heads: int, k_dim: int, v_dim: int, dtype: torch.dtype, mixer: str) -> dict[str, Tensor]:
+    """q, k, v and the gates of KDA or Mamba-2, drawn on the device; decays are small."""
     generator = torch.Generator(DEVICE).manual_seed(0)
 
     def draw(*shape: int) -> Tensor:
@@ -37,6 +38,8 @@ def drawn(lead: tuple[int, int], heads: int, v_heads: int, k_dim: int, v_dim: in
 
     q, k = (F.normalize(draw(heads, k_dim) - 0.5, dim=-1) for _ in range(2))
     gates = {"g": draw(heads, k_dim).float() * -0.02, "b": draw(heads, 1), "w": draw(v_heads, 1)}
+    if mixer == "mamba2":
+        gates = {"g": draw(v_heads, 1).float() * -0.02, "w": gates["w"]}
     return {"q": q, "k": k, "v": draw(v_heads, v_dim) - 0.5, **gates}
 
 
@@ -46,9 +49,10 @@ def held(leaves: dict[str, Tensor]) -> Inputs:
 
 @poisoned
 @pytest.mark.usefixtures("_much_memory")
-def test_strided_inputs_beyond_two_billion_entries() -> None:
+@pytest.mark.parametrize("mixer", ["gdn2", "mamba2"])
+def test_strided_inputs_beyond_two_billion_entries(mixer: str) -> None:
     """The last tokens of every argument lie more than 2^31 entries behind the first: the same bits as for contiguous copies."""
-    case = case_of("gdn2", 64, 64, tokens=1100, decay="slow", state=False)
+    case = case_of(mixer, 64, 64, tokens=1100, decay="slow", state=False)
     small = make(case).rounded(torch.bfloat16, DEVICE)
     apart = 2**31 // 1090
     spread = {dtype: torch.empty(1, case.tokens, apart, device=DEVICE, dtype=dtype) for dtype in (torch.bfloat16, torch.float32)}
@@ -62,9 +66,10 @@ def test_strided_inputs_beyond_two_billion_entries() -> None:
 
 @poisoned
 @pytest.mark.usefixtures("_much_memory")
-def test_values_of_more_than_two_billion_entries() -> None:
+@both
+def test_values_of_more_than_two_billion_entries(mixer: str) -> None:
     """64 value heads on one key head, of which the last one is compared; the others get no gradient."""
-    inputs = drawn((1, 2**18 + 100), 1, 64, 32, 128, torch.bfloat16)
+    inputs = drawn((1, 2**18 + 100), 1, 64, 32, 128, torch.bfloat16, mixer)
     assert inputs["v"].numel() > 2**31
     leaves = {name: x.requires_grad_() for name, x in inputs.items()}
     o, _ = kernel(**leaves)
@@ -102,9 +107,10 @@ def test_seventy_thousand_documents() -> None:
 
 @poisoned
 @pytest.mark.usefixtures("_much_memory")
-def test_seventy_thousand_chunks() -> None:
+@both
+def test_seventy_thousand_chunks(mixer: str) -> None:
     """1,100 sequences of 65 chunks; the last two are compared."""
-    leaves = drawn((1100, 64 * 64 + 7), 1, 1, 32, 32, torch.bfloat16)
+    leaves = drawn((1100, 64 * 64 + 7), 1, 1, 32, 32, torch.bfloat16, mixer)
     got = run(kernel, held(leaves))
     last = held({name: x[-2:].double() for name, x in leaves.items()})
     o, final = (random_cotangent(got[name], seed)[-2:].double() for seed, name in enumerate(("o", "final")))
@@ -119,34 +125,37 @@ def test_seventy_thousand_chunks() -> None:
 # --- what a length may not cost ---
 
 
-def packed(lengths: list[int]) -> Inputs:
+def packed(lengths: list[int], mixer: str) -> Inputs:
     tokens = sum(lengths)
-    return held(drawn((1, tokens), 16, 16, 128, 128, torch.bfloat16))._replace(options={"cu_seqlens": cu_seqlens_of(lengths).to(DEVICE)})
+    return held(drawn((1, tokens), 16, 16, 128, 128, torch.bfloat16, mixer))._replace(options={"cu_seqlens": cu_seqlens_of(lengths).to(DEVICE)})
 
 
-def test_fifty_packed_lengths_compile_nothing() -> None:
-    run(kernel, packed([100, 30]))
+@both
+def test_fifty_packed_lengths_compile_nothing(mixer: str) -> None:
+    run(kernel, packed([100, 30], mixer))
     generator = torch.Generator().manual_seed(0)
     with compilations() as compiled:
         for n in range(50):
             count = (1, 2, 3, 8, 16, 17, 33)[n % 7]
             lengths = torch.randint(1, 300, (count,), generator=generator).tolist()
-            run(kernel, packed([1] if n == 0 else [16] * count if n == 1 else [64] * count if n == 2 else lengths))
+            run(kernel, packed([1] if n == 0 else [16] * count if n == 1 else [64] * count if n == 2 else lengths, mixer))
     assert compiled == []
 
 
-def test_dense_lengths_and_batches_compile_nothing() -> None:
-    for batch in (2, 64):  # the serial passes have a tile for few sequences and one for many
-        run(kernel, held(drawn((batch, 130), 1, 2, 64, 64, torch.bfloat16)))
+@both
+def test_dense_lengths_and_batches_compile_nothing(mixer: str) -> None:
+    for batch, tokens in ((2, 130), (64, 130), (1, 2048)):  # a tile for few sequences, one for many; long ones have segments
+        run(kernel, held(drawn((batch, tokens), 1, 2, 64, 64, torch.bfloat16, mixer)))
     with compilations() as compiled:
         for batch, tokens in ((1, 1), (1, 16), (3, 64), (16, 65), (1, 4096), (2, 4097), (5, 1000)):
-            run(kernel, held(drawn((batch, tokens), 1, 2, 64, 64, torch.bfloat16)))
+            run(kernel, held(drawn((batch, tokens), 1, 2, 64, 64, torch.bfloat16, mixer)))
     assert compiled == []
 
 
+@pytest.mark.parametrize("mixer", ["gdn2", "mamba2"])
 @pytest.mark.parametrize("layout", ["dense", "packed"])
-def test_does_not_wait_for_the_device(layout: str) -> None:
-    inputs = make(case_of("gdn2", 64, 64, layout=layout, tokens=300)).rounded(torch.bfloat16, DEVICE)
+def test_does_not_wait_for_the_device(layout: str, mixer: str) -> None:
+    inputs = make(case_of(mixer, 64, 64, layout=layout, tokens=2100 if layout == "dense" else 300)).rounded(torch.bfloat16, DEVICE)
     leaves = {name: x.requires_grad_() for name, x in inputs.leaves.items()}
     arguments = inputs._replace(leaves=leaves).arguments()
     results = kernel(**arguments)

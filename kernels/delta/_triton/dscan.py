@@ -77,7 +77,7 @@ def dscan_kernel(
         v_c = tl.load(v + start * S_V + (r[:, None] * S_V + cv[None, :]), mask=inside, other=0.0)
         dS_d = dS.to(dtype)
         R_c = v_c  # what is written, R in README.md
-        read = tl.full([C], scale, tl.float32)  # what one number a row does is done on products, in float32
+        read = tl.full([C], scale, tl.float32)  # what one number a row does is done on products, in float32; on rows for the state alone
         tail = tl.full([C], 1.0, tl.float32)
         write = tail
         if W == 1:

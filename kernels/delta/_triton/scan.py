@@ -55,7 +55,7 @@ def scan_kernel(
         R_c = tl.load(v + start * S_V + (r[:, None] * S_V + cv[None, :]), mask=inside, other=0.0)
         if W == 2:
             R_c = (R_c.to(tl.float32) * tl.load(w + start * S_W + (r[:, None] * S_W + cv[None, :]), mask=inside, other=0.0).to(tl.float32)).to(dtype)
-        read = tl.full([C], scale, tl.float32)  # what one number a row does is done on products, in float32
+        read = tl.full([C], scale, tl.float32)  # what one number a row does is done on products, in float32; on rows for the state alone
         write = tl.full([C], 1.0, tl.float32)
         if W == 1:
             write = tl.load(w + (start // R) * S_W + (r // R) * S_W, mask=r < rows, other=0.0).to(tl.float32)
