@@ -20,6 +20,7 @@ from mixers.init import initialize
 from mixers.layers import Linear, normal
 
 LMState = tuple[tuple[Tensor, ...], ...]  # the state of each layer's mixer
+MOST_LAYERS = 1000  # far above what is trained; a slip of the keyboard is told before minutes of building
 
 
 @final
@@ -107,6 +108,8 @@ class DecoderLM(nn.Module):
     ) -> None:
         super().__init__()
         at_least_one(vocab_size=vocab_size, d_model=d_model, n_layers=n_layers, mlp_width=mlp_width)
+        if n_layers > MOST_LAYERS:
+            raise ConfigError(f"n_layers: must be at most {MOST_LAYERS:,}, got {n_layers:,}")
         positive(norm_eps=norm_eps, init_std=init_std)
         self.settings: dict[str, Any] = {
             "vocab_size": vocab_size,

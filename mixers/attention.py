@@ -16,7 +16,7 @@ from mixers import flash
 from mixers.base import SequenceMixer, at_least_one, default_head_dim, linear_flops, multiple_of, positive
 from mixers.fan_out import fan_out
 from mixers.layers import Linear, normal, rotate
-from mixers.state import AttentionState
+from mixers.state import AttentionState, zero_cache
 
 
 @final
@@ -101,10 +101,9 @@ class Attention(SequenceMixer[AttentionState]):
         if max_tokens is None and self.window is None:
             raise ValueError("Attention: init_state needs max_tokens, the cache of full attention grows with the sequence")
         like = self.k_proj.weight
-        device, dtype = device or like.device, dtype or like.dtype
         shape = (batch_size, self._capacity(max_tokens), self.num_kv_heads, self.head_dim)
-        length = torch.zeros(batch_size, device=device, dtype=torch.int64)
-        return AttentionState(torch.zeros(shape, device=device, dtype=dtype), torch.zeros(shape, device=device, dtype=dtype), length)
+        k, v = (zero_cache(like, shape, device, dtype) for _ in "kv")
+        return AttentionState(k, v, torch.zeros(batch_size, device=k.device, dtype=torch.int64))
 
     def state_numel(self, tokens: int) -> int:
         return 2 * self._capacity(tokens) * self.num_kv_heads * self.head_dim

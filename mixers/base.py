@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
-from typing import Any, Generic, NamedTuple, TypeVar
+from typing import Any, ClassVar, Generic, NamedTuple, TypeVar, get_args
 
 import torch
 from torch import Tensor, nn
@@ -35,7 +35,19 @@ class SequenceMixer(nn.Module, ABC, Generic[StateT]):
 
     Args:
         d_model: width of the input and the output.
+
+    Attributes:
+        state_type: the `StateT` that a class names, so that another mixer's state is refused.
     """
+
+    state_type: ClassVar[type[tuple[Any, ...]]] = tuple
+
+    def __init_subclass__(cls, **keywords: Any) -> None:
+        super().__init_subclass__(**keywords)
+        for base in cls.__dict__.get("__orig_bases__", ()):
+            for named in get_args(base):
+                if isinstance(named, type) and issubclass(named, tuple):
+                    cls.state_type = named
 
     def __init__(self, d_model: int) -> None:
         super().__init__()
@@ -120,7 +132,9 @@ class SequenceMixer(nn.Module, ABC, Generic[StateT]):
         self.check_state(state, x.shape[0])
 
     def check_state(self, state: tuple[Tensor, ...] | None, sequences: int) -> None:
-        """Raises ValueError for a state of another number of sequences."""
+        """Raises ValueError for a state of another kind of mixer, or of another number of sequences."""
+        if state is not None and not isinstance(state, self.state_type):
+            raise ValueError(f"{type(self).__name__}: the state must be a {self.state_type.__name__}, got a {type(state).__name__}")
         if state is not None and any(t.shape[:1] != (sequences,) for t in state):
             got = [list(t.shape) for t in state]
             raise ValueError(f"{type(self).__name__}: the state must hold {sequences} sequences, its tensors have shapes {got}")

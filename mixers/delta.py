@@ -16,7 +16,7 @@ from mixers.base import SequenceMixer, at_least_one, linear_flops, multiple_of, 
 from mixers.errors import ConfigError
 from mixers.fan_out import fan_out
 from mixers.layers import MIXER_GAIN, GatedRMSNorm, Linear, ShortConv, xavier
-from mixers.state import DeltaState, zero_state
+from mixers.state import DeltaState, zero_cache, zero_state
 
 
 class Gates(NamedTuple):
@@ -128,8 +128,7 @@ class DeltaMixer(SequenceMixer[DeltaState]):
     ) -> DeltaState:
         like = self.conv.weight
         S = zero_state(like, (batch_size, self.num_v_heads, self.head_dim, self.v_head_dim), device, dtype)
-        conv = torch.zeros(batch_size, like.shape[1] - 1, like.shape[0], device=S.device, dtype=dtype or like.dtype)
-        return DeltaState(S, conv)
+        return DeltaState(S, zero_cache(like, (batch_size, like.shape[1] - 1, like.shape[0]), device, dtype))
 
     def state_numel(self, tokens: int) -> int:  # noqa: ARG002 (the state has one size)
         return self.num_v_heads * self.head_dim * self.v_head_dim + (self.conv.weight.shape[1] - 1) * self.conv.weight.shape[0]

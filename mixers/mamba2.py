@@ -19,7 +19,7 @@ from mixers.delta import delta_rule_flops
 from mixers.errors import ConfigError
 from mixers.layers import MIXER_GAIN, DecayModule, Linear, Skip, xavier
 from mixers.mamba_ssm import Backend, Resolved
-from mixers.state import DeltaState, zero_state
+from mixers.state import DeltaState, zero_cache, zero_state
 
 MAMBA_SSM = {  # the parameters of mamba_ssm.modules.mamba2.Mamba2, each of one shape with ours
     "in_proj.weight": "in_proj.weight",
@@ -183,7 +183,7 @@ class Mamba2(SequenceMixer[DeltaState]):
     ) -> DeltaState:
         like = self.conv1d.weight
         S = zero_state(like, (batch_size, self.num_heads, self.d_state, self.head_dim), device, dtype)
-        return DeltaState(S, torch.zeros(batch_size, like.shape[2] - 1, like.shape[0], device=S.device, dtype=dtype or like.dtype))
+        return DeltaState(S, zero_cache(like, (batch_size, like.shape[2] - 1, like.shape[0]), device, dtype))
 
     def state_numel(self, tokens: int) -> int:  # noqa: ARG002 (the state has one size)
         channels, _, taps = self.conv1d.weight.shape

@@ -21,7 +21,7 @@ from mixers.errors import ConfigError
 from mixers.layers import MIXER_GAIN, Linear, Skip, xavier
 from mixers.mamba3_layers import HeadRMSNorm, PerRank, Rotary, Steps, StepSize, Turned, first_tokens, last_tokens, later_weights, unseen, written
 from mixers.mamba_ssm import Backend, Resolved
-from mixers.state import zero_state
+from mixers.state import CACHES, zero_cache, zero_state
 
 MAMBA_SSM = {  # the parameters of mamba_ssm.modules.mamba3.Mamba3, each of one shape with ours; those of other settings are absent in both
     "in_proj.weight": "in_proj.weight",
@@ -196,10 +196,11 @@ class Mamba3(SequenceMixer[Mamba3State]):
             return
         H, K, V, R = self.num_heads, self.d_state, self.head_dim, self.mimo_rank
         shapes = {"u": (H, K, V), "k": (R, H, K), "v": (H, V), "zeta": (H,), "angle": (H, self.num_angles)}
+        wide = torch.promote_types(self.in_proj.weight.dtype, torch.float32)  # what sums are kept in
         for (name, shape), x in zip(shapes.items(), state, strict=True):
-            least = 2 if name in ("k", "v") else 4  # bytes: what sums are kept in is float32 at least
-            if x.shape[1:] != shape or not x.is_floating_point() or x.element_size() < least:
-                kind = "floating-point" if least == 2 else "float32 or float64"
+            dtypes = CACHES if name in ("k", "v") else (wide,)
+            if x.shape[1:] != shape or x.dtype not in dtypes:
+                kind = "floating-point" if len(dtypes) > 1 else str(wide)
                 raise ValueError(f"Mamba3: the state's {name} must be {kind} of shape {[sequences, *shape]}, got {x.dtype} of {list(x.shape)}")
 
     def step(self, x_BD: Tensor, state: Mamba3State) -> tuple[Tensor, Mamba3State]:
@@ -230,7 +231,7 @@ class Mamba3(SequenceMixer[Mamba3State]):
     ) -> Mamba3State:
         like, heads = self.in_proj.weight, (batch_size, self.num_heads)
         u = zero_state(like, (*heads, self.d_state, self.head_dim), device, dtype)
-        cache = u.new_zeros(batch_size, self.mimo_rank, self.num_heads, self.d_state, dtype=dtype or like.dtype)
+        cache = zero_cache(like, (batch_size, self.mimo_rank, self.num_heads, self.d_state), device, dtype)
         angle = u.new_zeros(*heads, self.num_angles)
         return Mamba3State(u, cache, cache.new_zeros(*heads, self.head_dim), u.new_zeros(heads), angle)
 

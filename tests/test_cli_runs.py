@@ -52,6 +52,14 @@ def test_saved_config_runs_again_unchanged(here: Path, trained: Path) -> None:
     assert not (here / "runs").exists()
 
 
+def test_a_config_may_hold_characters_of_every_plane(here: Path, trained: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    wrong = yaml.safe_load((run_of(trained) / "config.yaml").read_text())
+    wrong["data"]["path"] = "no 𠮷, no 💥"
+    (here / "wide.yaml").write_text(yaml.safe_dump(wrong, allow_unicode=True), encoding="utf-8")
+    assert main(["fit", "--config", "wide.yaml"]) != 0
+    assert "no 𠮷, no 💥" in capsys.readouterr().err
+
+
 def test_every_run_has_a_folder_of_its_own(tmp_path: Path) -> None:
     folders = [make_run_folder(str(tmp_path / "runs")).path for _ in range(3)]
     assert len(set(folders)) == 3

@@ -153,6 +153,7 @@ def test_flops_and_state_add_up() -> None:
     [
         ({"d_model": 0}, "d_model: must be an integer >= 1"),
         ({"n_layers": -1}, "n_layers"),
+        ({"n_layers": 1001}, "n_layers: must be at most 1,000, got 1,001"),
         ({"layout": []}, "layout"),
         ({"layout": ["gdn2"] * 4}, "layout: has 4 entries for n_layers = 3"),
         ({"layout": ["gnd2"]}, "did you mean 'gdn2'"),

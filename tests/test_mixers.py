@@ -226,6 +226,24 @@ def test_mixers_can_be_pickled_and_refuse_tokens_of_another_width(name: str) -> 
             mixer.step(bad, state)
 
 
+@pytest.mark.parametrize("name", sorted(registry.available()))
+def test_states_of_another_kind_and_caches_without_fractions_are_refused(name: str) -> None:
+    mixer, x = built(name, **small_settings(name, {})), torch.randn(2, 3, D, dtype=torch.float64)
+    kind = type(mixer.init_state(2, max_tokens=4))
+    others = [built(other, **small_settings(other, {})).init_state(2, max_tokens=4) for other in ("gdn2", "gla", "mamba3", "attention")]
+    for state in [tuple(mixer.init_state(2, max_tokens=4)), *(other for other in others if type(other) is not kind)]:
+        message = f"{type(mixer).__name__}: the state must be a {kind.__name__}, got a {type(state).__name__}"
+        for call in (lambda: mixer(x, state), lambda: mixer.step(x[:, 0], state)):  # noqa: B023
+            with pytest.raises(ValueError, match=message):
+                call()
+    for dtype in (torch.int64, torch.complex64, torch.float8_e4m3fn, "float32"):
+        with pytest.raises(TypeError, match=r"init_state: dtype must be one of torch\.float64, torch\.float32, "):
+            mixer.init_state(2, max_tokens=4, dtype=dtype)
+    for batch_size in (0, -1, 2.0):
+        with pytest.raises(ValueError, match="init_state: batch_size must be an integer >= 1, got"):
+            mixer.init_state(batch_size, max_tokens=4)
+
+
 def test_full_attention_cache_does_not_overflow_silently() -> None:
     mixer = built("attention", num_heads=2, head_dim=4)
     with pytest.raises(ValueError, match="max_tokens"):

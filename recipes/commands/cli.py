@@ -59,7 +59,7 @@ class MixersCLI(LightningCLI):
             LitLM,
             PackedText,
             run=False,
-            args=[f"--config={json.dumps(config)}", *request.arguments],
+            args=[f"--config={json.dumps(config, ensure_ascii=False)}", *request.arguments],
             seed_everything_default=0,
             trainer_defaults=TRAINER_DEFAULTS,
             auto_configure_optimizers=False,

@@ -102,7 +102,7 @@ def _merged(files: list[Path], overrides: list[tuple[str, Any]]) -> dict[str, An
 
 def not_settings(section: str, value: object) -> ConfigError:
     """The error for a section of a config that is no mapping."""
-    return ConfigError(f"{section}: must hold settings (a mapping), got {json.dumps(value, default=str)[:80]}")
+    return ConfigError(f"{section}: must hold settings (a mapping), got {json.dumps(value, default=str, ensure_ascii=False)[:80]}")
 
 
 def _options(argv: list[str]) -> Iterator[tuple[str, str]]:
@@ -128,7 +128,7 @@ def _without_mixers(key: str, value: str, overrides: list[tuple[str, Any]]) -> s
     if not isinstance(lm, dict) or "mixers" not in lm:
         return value
     overrides.append((MIXERS, lm.pop("mixers")))
-    return json.dumps(settings)
+    return json.dumps(settings, ensure_ascii=False)
 
 
 def _mixer_settings(key: str, value: Any, config: Mapping[str, Any]) -> Any:
