@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -16,7 +17,7 @@ from doctor_cases import GPU, KEY, attempts_fixture, own_cache_fixture  # noqa: 
 import kernels
 from kernels.backend import RefusedError
 from recipes.__main__ import main
-from recipes.commands import checks, machine, problems, verdict
+from recipes.commands import checks, doctor, machine, problems, verdict
 from recipes.commands.checks import Result, Trial
 from recipes.commands.machine import Machine, advice
 from recipes.commands.problems import Draw, Shape
@@ -55,6 +56,15 @@ def test_doctor_fails_where_a_check_fails(monkeypatch: pytest.MonkeyPatch, capsy
     out = capsys.readouterr().out
     assert f"FAILED {wrong}: dk is off by 2.5e-01 of its largest entry" in " ".join(out.split())
     assert out.rstrip().endswith("1 checks failed")
+
+
+def test_a_result_where_zeros_are_expected_fails() -> None:
+    """There is no largest entry to divide by: `doctor` says FAILED, and does not end."""
+    trial, zeros = checks.quick()[0], torch.zeros(1)
+    assert problems.errors({"a": zeros}, {"a": zeros}) == {"a": 0}
+    failed = checks.judge(trial, {"a": torch.ones(1)}, {"a": zeros})
+    assert failed == Result(trial.label, False, math.inf, "a")
+    assert doctor.reason(failed) == "a is off by inf of its largest entry"
 
 
 def test_doctor_on_a_gpu(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:

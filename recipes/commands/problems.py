@@ -106,15 +106,15 @@ def named_outputs(op: str, outputs: Any) -> dict[str, Tensor]:
 
 
 def errors(got: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -> dict[str, float]:
-    """max|got - expected| / max|expected| of each tensor; infinite where something is missing, of another shape or not finite."""
+    """max|got - expected| / max|expected| of each tensor; infinite where one is missing, of another shape, not finite, or differs from zeros."""
     found = {}
     for name, reference in expected.items():
         value = got.get(name)
         if value is None or value.shape != reference.shape or not bool(value.isfinite().all()):
             found[name] = math.inf
             continue
-        difference = (value.to(reference) - reference).abs().max().item()
-        found[name] = difference / reference.abs().max().item() if difference else 0.0
+        difference, largest = (x.abs().max().item() for x in (value.to(reference) - reference, reference))
+        found[name] = (difference / largest if largest else math.inf) if difference else 0.0
     return found
 
 
