@@ -96,9 +96,37 @@ def interrupted() -> int:
     return 130
 
 
+def lost_output(text: str = "") -> OSError | None:
+    """Why standard output does not take what was written and this text; None where it does. Then it goes nowhere: Python would complain at exit."""
+    try:
+        if sys.stdout is not None:  # None: the shell has closed it
+            sys.stdout.write(text)
+            sys.stdout.flush()
+    except OSError as error:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return error
+    return None
+
+
 def main(argv: list[str] | None = None) -> int:
     """Runs a command line (without the program's name) and returns its exit code: 2 for what the user can mend, said in one line."""
-    arguments = sys.argv[1:] if argv is None else argv
+    try:
+        code = run_command(sys.argv[1:] if argv is None else argv)
+        lost = lost_output()
+    except OSError as error:
+        lost = lost_output("\n")  # python -u keeps nothing that could fail again
+        if lost is None and not isinstance(error, BrokenPipeError):  # it was something else
+            raise
+        code, lost = 1, lost or error
+    if lost is None:
+        return code
+    if not isinstance(lost, BrokenPipeError):  # who read the output has had enough (head, less)
+        print(f"error: standard output cannot be written: {lost.strerror or lost}", file=sys.stderr)
+    return code or 1
+
+
+def run_command(arguments: list[str]) -> int:
+    """`main` without its word on an output that cannot be written."""
     if not arguments or arguments[0] in ("-h", "--help"):
         print(usage())
         return 0
@@ -125,9 +153,6 @@ def main(argv: list[str] | None = None) -> int:
         return 1
     except KeyboardInterrupt:
         return interrupted()
-    except BrokenPipeError:  # who read the output has had enough (head, less); Python would complain when it flushes at exit
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 1
     except SystemExit as stop:  # --help and --print_config of a subcommand
         if isinstance(stop.__context__, KeyboardInterrupt):  # Lightning's, after Ctrl-C
             return interrupted()

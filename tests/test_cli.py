@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import csv
+import errno
 import os
 import re
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -15,6 +17,7 @@ from cli_cases import RUN_FILES, here_fixture, last, one_thread, run_of, trained
 from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint
 
 from mixers.errors import ConfigError
+from recipes import __main__ as command_line
 from recipes.__main__ import COMMANDS, main
 from recipes.commands import bench_rows
 from recipes.commands.bench_train import TRAINING, Training
@@ -45,6 +48,30 @@ def test_light_answers(arguments: list[str], code: int) -> None:
         assert all(re.search(rf"^  {command} ", done.stdout, re.MULTILINE) for command in COMMANDS)
     if code:
         assert done.stderr.startswith("error: command: unknown command 'fitt'; did you mean 'fit'?")
+
+
+@pytest.mark.parametrize(("command", "unbuffered"), [("--help", ""), ("bench plot --help", ""), ("doctor", ""), ("doctor", "1")])
+def test_an_output_that_cannot_be_written_is_one_line(command: str, unbuffered: str) -> None:
+    """Found while something is printed, or when all is; a reader that has gone (head, less) needs no word."""
+    run = partial(subprocess.run, [sys.executable, "-m", "recipes", *command.split()], cwd=ROOT, stderr=subprocess.PIPE, text=True)
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": unbuffered}
+    with open("/dev/full", "w") as full:
+        done = run(stdout=full, env=environment)
+    assert (done.returncode, done.stderr) == (1, "error: standard output cannot be written: No space left on device\n")
+    reader, writer = os.pipe()
+    os.close(reader)
+    done = run(stdout=writer, env=environment)
+    os.close(writer)
+    assert (done.returncode, done.stderr) == (1, "")
+
+
+def test_an_error_that_is_not_of_the_output_is_raised(monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(_: list[str]) -> int:
+        raise OSError(errno.ENOSPC, "No space left on device", "somewhere")
+
+    monkeypatch.setattr(command_line, "find_command", lambda _: full)
+    with pytest.raises(OSError, match="somewhere"):
+        main(["doctor"])
 
 
 @pytest.mark.parametrize("command", COMMANDS)
