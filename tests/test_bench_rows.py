@@ -48,6 +48,28 @@ def test_rows_are_appended(tmp_path: Path) -> None:
         bench_rows.append(tmp_path / "file", "op", [first])
 
 
+def test_a_row_that_was_cut_takes_no_other_with_it(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """By a process that was killed, or a full disk: the next row has a line of its own, and who reads is told which one to mend."""
+    rows = [row_of("gdn2", "ours", 8, tokens, 2.5) for tokens in (1024, 2048, 4096)]
+    path = tmp_path / "op_h100_80gb_hbm3.csv"
+    path.touch()  # killed before the first row
+    assert bench_rows.read(tmp_path, "op") == []
+    bench_rows.append(tmp_path, "op", rows[:2])
+    path.write_text(path.read_text()[:-1])  # no more than the end of the line
+    bench_rows.append(tmp_path, "op", rows[2:])
+    assert bench_rows.read(tmp_path, "op") == rows
+    whole = path.read_text()
+    for cut in range(1, len(whole.splitlines()[-1]) + 1):
+        path.write_text(whole[: -1 - cut])
+        bench_rows.append(tmp_path, "op", rows[:1])
+        lines = path.read_text().splitlines()
+        assert lines[-1] == lines[1]
+        if len(lines) == 5:  # something is left of the row
+            assert main(["bench", "plot", "--out", str(tmp_path), "--page", str(tmp_path / "page.md")]) == 2
+            assert f"error: out: {path}, line 4: " in capsys.readouterr().err
+    assert bench_rows.read(tmp_path, "op") == [*rows[:2], rows[0]]
+
+
 def test_the_end_of_a_row(monkeypatch: pytest.MonkeyPatch) -> None:
     assert bench_rows.this_machine("abc").commit == "abc"
     assert bench_rows.this_machine().torch == torch.__version__
@@ -73,10 +95,65 @@ def test_without_rows_the_page_stays_as_it_is(tmp_path: Path, capsys: pytest.Cap
     (tmp_path / "benchmarks.md").write_text("a page")
     assert main(["bench", "plot", "--out", str(tmp_path), "--page", str(tmp_path / "benchmarks.md")]) == 2
     assert "holds no rows of op, layer, decode, training" in capsys.readouterr().err
-    bench_rows.append(tmp_path, "op", [row_of("gdn2", "ours", 8, 2048, 3.0)._replace(batch="many")])
-    assert main(["bench", "plot", "--out", str(tmp_path), "--page", str(tmp_path / "benchmarks.md")]) == 2
-    assert "that bench has not written (ValueError: invalid literal" in capsys.readouterr().err
     assert (tmp_path / "benchmarks.md").read_text() == "a page"
+
+
+GOOD = "gdn2,ours,8,2048,16,128,128,bfloat16,0.5,2.5,100.0,1.2,NVIDIA H100 80GB HBM3,2.11.0,3.6.0,abc1234,2026-11-23"
+DAMAGED = {
+    "cut before gpu": (GOOD.partition(",NVIDIA")[0], "has 12 cells, must have 17"),
+    "cut before commit": (GOOD.partition(",abc")[0], "has 15 cells, must have 17"),
+    "cut in the date": (GOOD[:-1], "date: must be a day such as 2026-11-29, got '2026-11-2'"),
+    "two in one": (GOOD[:60] + GOOD, "must have 17"),
+    "another cell": (f"{GOOD},1", "has 18 cells, must have 17"),
+    "a cell that is too large": (GOOD.replace("ours", "o" * 131073), "field larger than field limit (131072)"),
+    "a long cell": (GOOD.replace("2048", "2" * 5000), f"tokens: must be a whole number >= 1, got '{'2' * 40}...'"),
+    "a quote that is not closed": (f'"{GOOD}', "is no row of a table"),
+    "batch": (GOOD.replace(",8,", ",many,"), "batch: must be a whole number >= 1, got 'many'"),
+    "0 sequences": (GOOD.replace(",8,", ",0,"), "batch: must be a whole number >= 1, got '0'"),
+    "0 tokens": (GOOD.replace("2048", "0"), "tokens: must be a whole number >= 1, got '0'"),
+    **{
+        text: (GOOD.replace("2.5", text), f"fwd_bwd_ms: must be a number > 0, or empty, got '{text}'") for text in ("nan", "inf", "-1", "0", "0.0000")
+    },
+    "no time": (GOOD.replace("0.5", ""), "fwd_ms: must be a number > 0, got ''"),
+    "memory": (GOOD.replace("100.0", "-1"), "extra_mib: must be a number >= 0, or empty, got '-1'"),
+    "no implementation": (GOOD.replace("ours", ""), "impl: must be printable text, got ''"),
+    "no text": (GOOD.replace("ours", "\udcff"), "impl: must be printable text"),
+    "commit": (GOOD.replace("abc1234", "abc 1234"), "commit: must be a name without spaces, commas and control characters, got 'abc 1234'"),
+}
+
+
+@pytest.mark.parametrize("case", DAMAGED)
+def test_a_damaged_row_is_one_line_and_changes_nothing(case: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Found before the first plot is drawn, wherever it stands."""
+    bench_rows.append(tmp_path, "op", [row_of("gdn2", "ours", 65536 // n, n, 2.0) for n in (1024, 65536)])
+    row, words = DAMAGED[case]
+    table = tmp_path / "layer_h100_80gb_hbm3.csv"
+    table.write_text("\n".join((",".join(Row._fields), GOOD, row, GOOD, "")), encoding="utf-8", errors="surrogateescape")
+    page, plot = tmp_path / "benchmarks.md", tmp_path / "benchmarks_h100_80gb_hbm3_16x128.png"
+    page.write_text("a page"), plot.write_text("a plot")
+    assert main(["bench", "plot", "--out", str(tmp_path), "--page", str(page)]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith(f"error: out: {table}, line 3: ")
+    assert words in line
+    assert len(line) < 400
+    assert (page.read_text(), plot.read_text()) == ("a page", "a plot")
+    assert len(list(tmp_path.iterdir())) == 4
+
+
+def test_tables_of_others_and_pages_that_are_none(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    bench_rows.append(tmp_path, "op", [row_of("gdn2", "ours", 8, 2048, 3.0)])
+    for page in ("", ".", str(tmp_path)):
+        assert main(["bench", "plot", "--out", str(tmp_path), "--page", page]) == 2
+        assert capsys.readouterr().err.startswith("error: --page: must be a file, and ")
+    page = tmp_path / "new" / "page.md"
+    (tmp_path / "decode_toy.csv").write_text("a,b\n")
+    assert main(["bench", "plot", "--out", str(tmp_path), "--page", str(page)]) == 2
+    assert "decode_toy.csv, line 1: has other columns than what, impl" in capsys.readouterr().err
+    (tmp_path / "decode_toy.csv").unlink()
+    (tmp_path / "decode_toy.csv").mkdir()
+    assert main(["bench", "plot", "--out", str(tmp_path), "--page", str(page)]) == 2
+    assert "decode_toy.csv cannot be read: Is a directory" in capsys.readouterr().err
+    assert not page.parent.exists()
 
 
 def test_the_page_shows_the_newest_rows_and_a_plot(tmp_path: Path) -> None:

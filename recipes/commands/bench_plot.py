@@ -7,6 +7,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
+from lit_modules.paths import given_path
 from mixers.errors import ConfigError
 from recipes.commands import bench_rows
 from recipes.commands.arguments import Arguments
@@ -36,14 +37,15 @@ trainings (`bench train`) are `fit`, one after the other on one machine: tokens 
 def run(argv: list[str]) -> int:
     """Writes the page and the plots beside the folder of rows."""
     given = _parser().parse_args(argv)
-    if not given.out.is_dir():
-        raise ConfigError(f"--out: no folder {given.out}")
+    out, page = given_path(given.out, "--out"), given_path(given.page, "--page")
+    if not out.is_dir():
+        raise ConfigError(f"--out: no folder {out}")
+    if page.is_dir():
+        raise ConfigError(f"--page: must be a file, and {page} is a folder")
     try:
-        page = write(given.out, given.page)
+        write(out, page)
     except OSError as error:
         raise ConfigError(f"--page: {error.strerror}: {error.filename}") from error
-    except (KeyError, TypeError, ValueError) as error:
-        raise ConfigError(f"--out: {given.out} holds a table that bench has not written ({type(error).__name__}: {error})") from error
     print(f"wrote {page}")
     return 0
 
@@ -51,9 +53,13 @@ def run(argv: list[str]) -> int:
 def write(rows_folder: Path, page: Path) -> Path:
     """The page, with a plot for each GPU and size of heads that has rows of several lengths."""
     text = [INTRO]
+    tables, trained = {kind: bench_rows.read(rows_folder, kind) for kind in KINDS}, bench_rows.read(rows_folder, TRAINING, Training)
+    if not any((*tables.values(), trained)):
+        raise ConfigError(f"--out: {rows_folder} holds no rows of {', '.join((*KINDS, TRAINING))}; the page stays as it is")
+    page.parent.mkdir(parents=True, exist_ok=True)
     for kind, title in KINDS.items():
         by_gpu: dict[str, list[Row]] = defaultdict(list)
-        for row in newest(bench_rows.read(rows_folder, kind)):
+        for row in newest(tables[kind]):
             by_gpu[row.gpu].append(row)
         for gpu, rows in by_gpu.items():
             text += [f"\n## {title}, {gpu}\n"]
@@ -61,13 +67,10 @@ def write(rows_folder: Path, page: Path) -> Path:
                 text += [f"\n![Forward and backward over the length of a sequence]({plot.name})\n"]
             text += ["\n", table(rows)]
     trainings: dict[str, dict[tuple[Any, ...], Training]] = defaultdict(dict)
-    for training in bench_rows.read(rows_folder, TRAINING, Training):
+    for training in trained:
         trainings[training.gpu][training[:6]] = training  # the newest
     for gpu, of_gpu in trainings.items():
         text += [f"\n## Whole trainings, {gpu}\n\n", trainings_table(of_gpu.values())]
-    if len(text) == 1:
-        raise ConfigError(f"--out: {rows_folder} holds no rows of {', '.join((*KINDS, TRAINING))}; the page stays as it is")
-    page.parent.mkdir(parents=True, exist_ok=True)
     page.write_text("".join(text), encoding="utf-8")
     return page
 

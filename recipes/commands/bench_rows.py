@@ -6,10 +6,10 @@ import csv
 import re
 import subprocess
 import sys
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any, NamedTuple, get_type_hints
+from typing import Annotated, Any, NamedTuple, get_type_hints
 
 import torch
 from rich.console import Console
@@ -19,37 +19,63 @@ import kernels
 from mixers.errors import ConfigError
 from recipes.commands.machine import triton_version
 
+DAMAGED = "surrogateescape"  # bytes that are no text: no column may hold what they become
+SHOWN = 40  # characters of a cell
+
+
+class Rule(NamedTuple):
+    """What the cells of a column hold: a pattern of printable characters, and its words."""
+
+    pattern: str
+    words: str
+
+    def fits(self, cell: str) -> bool:
+        """Whether a cell may hold this."""
+        return cell.isprintable() and re.fullmatch(self.pattern, cell) is not None
+
+
+_DECIMAL, _NOT_ZERO = r"[0-9]{1,18}(\.[0-9]{1,18})?", "(?=.*[1-9])"
+COMMIT = Rule(r"[^\s,]+", "a name without spaces, commas and control characters")
+Text = Annotated[str, Rule(".+", "printable text")]
+Commit = Annotated[str, COMMIT]
+Day = Annotated[str, Rule("[0-9]{4}-[0-9]{2}-[0-9]{2}", "a day such as 2026-11-29")]
+Count = Annotated[int, Rule("[1-9][0-9]{0,17}", "a whole number >= 1")]
+Size = Annotated[int, Rule("[0-9]{1,18}", "a whole number >= 0")]  # 0: a layer without heads
+Figure = Annotated[str, Rule(_NOT_ZERO + _DECIMAL, "a number > 0")]
+FigureOrNone = Annotated[str, Rule(f"({_NOT_ZERO}{_DECIMAL})?", "a number > 0, or empty")]
+AmountOrNone = Annotated[str, Rule(f"({_DECIMAL})?", "a number >= 0, or empty")]
+
 
 class Row(NamedTuple):
     """A line of a table; empty where nothing was measured."""
 
-    what: str
-    impl: str
-    batch: int
-    tokens: int
-    heads: int
-    dk: int
-    dv: int
-    dtype: str
-    fwd_ms: str
-    fwd_bwd_ms: str
-    extra_mib: str
-    first_call_s: str
-    gpu: str
-    torch: str
-    triton: str
-    commit: str
-    date: str
+    what: Text
+    impl: Text
+    batch: Count
+    tokens: Count
+    heads: Size
+    dk: Size
+    dv: Size
+    dtype: Text
+    fwd_ms: Figure
+    fwd_bwd_ms: FigureOrNone
+    extra_mib: AmountOrNone
+    first_call_s: AmountOrNone
+    gpu: Text
+    torch: Text
+    triton: Text
+    commit: Commit
+    date: Day
 
 
 class Machine(NamedTuple):
     """The end of every row."""
 
-    gpu: str
-    torch: str
-    triton: str
-    commit: str
-    date: str
+    gpu: Text
+    torch: Text
+    triton: Text
+    commit: Commit
+    date: Day
 
 
 def this_machine(commit: str | None = None) -> Machine:
@@ -90,12 +116,14 @@ def append(folder: Path, kind: str, rows: Iterable[Any]) -> Path | None:
     path, columns = folder / f"{kind}_{slug(rows[0].gpu)}.csv", rows[0]._fields
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        new = not path.exists()
-        if not new and path.read_text(encoding="utf-8").partition("\n")[0] != ",".join(columns):
-            raise ConfigError(f"out: {path} has other columns than {', '.join(columns)}")
+        text = path.read_text(encoding="utf-8", errors=DAMAGED) if path.exists() else ""
+        if text:
+            _check_columns(path, text.partition("\n")[0], columns)
         with path.open("a", newline="", encoding="utf-8") as file:
+            if text and not text.endswith("\n"):  # its last row was cut: a full disk, a process that was killed
+                file.write("\n")
             writer = csv.writer(file, lineterminator="\n")
-            writer.writerows([columns] if new else [])
+            writer.writerows([] if text else [columns])
             writer.writerows(rows)
     except OSError as error:
         raise ConfigError(f"out: {path} cannot be written: {error.strerror}") from error
@@ -103,14 +131,50 @@ def append(folder: Path, kind: str, rows: Iterable[Any]) -> Path | None:
 
 
 def read(folder: Path, kind: str, of: type[Any] = Row) -> list[Any]:
-    """The rows of a kind of all GPUs, of a NamedTuple's columns, the newest last."""
-    rows: list[Any] = []
-    for path in sorted(folder.glob(f"{kind}_*.csv")):
-        with path.open(encoding="utf-8") as file:
-            for row in csv.DictReader(file):
-                values: list[Any] = [int(row[name]) if kind is int else row[name] for name, kind in get_type_hints(of).items()]
-                rows.append(of(*values))
-    return rows
+    """The rows of a kind of all GPUs, of a NamedTuple's columns, the newest last.
+
+    Raises:
+        ConfigError: a file cannot be read, or a line of it is not one that `append` writes.
+    """
+    return [row for path in sorted(folder.glob(f"{kind}_*.csv")) for row in _rows_of(path, of)]
+
+
+def _rows_of(path: Path, of: type[Any]) -> Iterator[Any]:
+    columns = get_type_hints(of, include_extras=True)
+    try:
+        with path.open(encoding="utf-8", errors=DAMAGED) as file:
+            for number, line in enumerate(file, 1):
+                if number == 1:
+                    _check_columns(path, line.rstrip("\n"), tuple(columns))
+                elif line.strip():
+                    yield of(*_values(f"{path}, line {number}", line, columns))
+    except OSError as error:
+        raise ConfigError(f"out: {path} cannot be read: {error.strerror}") from error
+
+
+def _check_columns(path: Path, first_line: str, columns: tuple[str, ...]) -> None:
+    if first_line != ",".join(columns):
+        raise ConfigError(f"out: {path}, line 1: has other columns than {', '.join(columns)}")
+
+
+def _values(where: str, line: str, columns: dict[str, Any]) -> list[int | str]:
+    """The cells of a line, which is a whole row: no cell that `append` writes has a line break."""
+    try:
+        (cells,) = csv.reader([line], strict=True)
+    except csv.Error as error:
+        raise ConfigError(f"out: {where}: is no row of a table: {error}") from error
+    if len(cells) != len(columns):
+        raise ConfigError(f"out: {where}: has {len(cells)} cells, must have {len(columns)}; mend or remove it")
+    for cell, (name, hint) in zip(cells, columns.items(), strict=True):
+        (rule,) = hint.__metadata__
+        if not rule.fits(cell):
+            raise ConfigError(f"out: {where}: {name}: must be {rule.words}, got {shown(cell)}")
+    return [hint.__origin__(cell) for cell, hint in zip(cells, columns.values(), strict=True)]
+
+
+def shown(cell: str) -> str:
+    """A cell for a message, its beginning if it is long."""
+    return repr(cell if len(cell) <= SHOWN else f"{cell[:SHOWN]}...")
 
 
 def show(title: str, rows: list[Row], errors: list[float | None] | None = None) -> None:

@@ -20,7 +20,7 @@ from mixers.errors import ConfigError
 from recipes.commands import bench_rows
 from recipes.commands.arguments import Arguments
 from recipes.commands.bench_arguments import OUT, needs_gpu, numbers_of, shapes_of
-from recipes.commands.bench_rows import Machine
+from recipes.commands.bench_rows import AmountOrNone, Commit, Count, Day, Figure, Machine, Text
 from recipes.commands.config_files import find_config
 from recipes.commands.run_folder import METRICS
 
@@ -42,23 +42,23 @@ FIXED = {  # data that every machine has, and nothing beside the training
 class Training(NamedTuple):
     """A row: what was trained on which devices, and how fast. Empty where nothing was measured."""
 
-    recipe: str
-    strategy: str
-    devices: int
-    batch: int  # of a device, in a micro-batch
-    seq_len: int
-    accumulate: int  # micro-batches of an optimizer step, of a device
-    tokens_per_second: str  # of all devices
-    ratio: str  # to the first of the run with this recipe and shape
-    tflops_per_second: str  # of a device
-    mfu: str
-    peak_memory_gib: str  # of the device with most
-    data_wait: str  # share of the time
-    gpu: str
-    torch: str
-    triton: str
-    commit: str
-    date: str
+    recipe: Text
+    strategy: Text
+    devices: Count
+    batch: Count  # of a device, in a micro-batch
+    seq_len: Count
+    accumulate: Count  # micro-batches of an optimizer step, of a device
+    tokens_per_second: Figure  # of all devices
+    ratio: Figure  # to the first of the run with this recipe and shape
+    tflops_per_second: AmountOrNone  # of a device
+    mfu: AmountOrNone
+    peak_memory_gib: AmountOrNone  # of the device with most
+    data_wait: AmountOrNone  # share of the time
+    gpu: Text
+    torch: Text
+    triton: Text
+    commit: Commit
+    date: Day
 
 
 def run(argv: list[str]) -> int:
