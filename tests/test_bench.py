@@ -65,6 +65,24 @@ def test_refused_in_one_line(case: str, monkeypatch: pytest.MonkeyPatch, capsys:
     assert all(word in line for word in words), line
 
 
+@pytest.mark.parametrize("what", ["op", "layer", "decode", "train"])
+def test_where_rows_go_is_looked_at_first(what: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    """Before anything is proved and timed, and before there must be a GPU; nothing is left of the attempt."""
+    monkeypatch.setenv("HOME", str(tmp_path))
+    (tmp_path / "file").write_text("")
+    for folder in ("file", "file/below", "a" * 300):
+        assert main(["bench", what, "--out", f"~/{folder}"]) == 2
+        (line,) = capsys.readouterr().err.splitlines()
+        assert line.startswith(f"error: out: {tmp_path}/{folder} cannot be written to: " if folder == "file" else "error: out: ")
+    for commit in ("", "a b", "a,b", "a\n", "\x1b[2J"):
+        assert main(["bench", what, "--out", str(tmp_path / "new"), "--commit", commit]) == 2
+        (line,) = capsys.readouterr().err.splitlines()
+        assert line == f"error: commit: must be a name without spaces, commas and control characters, got {commit!r}"
+    assert main(["bench", what, "--out", str(tmp_path / "new" / "rows"), "--commit", "v0.2-3-gabc-dirty"]) == 2
+    assert "bench: needs a GPU" in capsys.readouterr().err
+    assert [file.name for file in tmp_path.iterdir()] == ["file"]
+
+
 @pytest.mark.parametrize("what", ["op", "layer", "decode", "train", "tune", "plot"])
 def test_help(what: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["bench", "--help"]) == 0

@@ -8,11 +8,13 @@ from pathlib import Path
 
 import torch
 
+from lit_modules.paths import given_path
 from mixers.base import at_least_one
 from mixers.errors import ConfigError, unknown
 from recipes.commands import bench_rows
 from recipes.commands.arguments import Arguments
 from recipes.commands.problems import Shape
+from recipes.commands.run_folder import check_writable
 
 SHAPES = "8x2048,4x4096,2x8192,1x16384"
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
@@ -78,13 +80,27 @@ def needs_gpu() -> None:
         raise ConfigError("bench: needs a GPU that torch can use, and there is none here: see python -m recipes doctor")
 
 
+def check_rows(given: Namespace) -> None:
+    """Sees to it that rows can be written where `out` says, whose `~` is resolved, before any is measured; nothing is left there.
+
+    Raises:
+        ConfigError: they cannot, or `commit` may not stand in them.
+    """
+    if given.commit is not None and not bench_rows.COMMIT.fits(given.commit):
+        raise ConfigError(f"commit: must be {bench_rows.COMMIT.words}, got {bench_rows.shown(given.commit)}")
+    given.out = given_path(given.out, "out")
+    check_writable(given.out, "out")
+
+
 def prepare(given: Namespace) -> bench_rows.Machine:
     """Checks what is needed before the first figure; the end of every row.
 
     Raises:
-        ConfigError: there is no GPU, or the budget is no time.
+        ConfigError: there is no GPU, the budget is no time, or rows cannot be written.
     """
     if not 0 < given.budget_ms < math.inf:
         raise ConfigError(f"budget_ms: must be > 0 and finite, got {given.budget_ms:g}")
+    if "out" in given:
+        check_rows(given)
     needs_gpu()
     return bench_rows.this_machine(getattr(given, "commit", None))

@@ -19,7 +19,7 @@ from lit_modules.parallel import check_strategy_name
 from mixers.errors import ConfigError
 from recipes.commands import bench_rows
 from recipes.commands.arguments import Arguments
-from recipes.commands.bench_arguments import OUT, needs_gpu, numbers_of, shapes_of
+from recipes.commands.bench_arguments import OUT, check_rows, needs_gpu, numbers_of, shapes_of
 from recipes.commands.bench_rows import AmountOrNone, Commit, Count, Day, Figure, Machine, Text
 from recipes.commands.config_files import find_config
 from recipes.commands.run_folder import METRICS
@@ -72,6 +72,7 @@ def run(argv: list[str]) -> int:
     for recipe in recipes:
         for name in recipe.split("+"):
             find_config(name)
+    check_rows(given)
     needs_gpu()
     machine, failed = bench_rows.this_machine(given.commit), 0
     for recipe in recipes:

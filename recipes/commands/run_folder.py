@@ -58,7 +58,7 @@ def make_run_folder(root: str) -> RunFolder:
     raise AssertionError("count() has no end")
 
 
-def check_writable(folder: str, key: str) -> None:
+def check_writable(folder: str | Path, key: str) -> None:
     """ConfigError unless a file with something in it can be written to a folder that may not be there yet; nothing is left of the attempt."""
     path = given_path(folder, key)
     made = _missing(path)
