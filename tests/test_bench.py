@@ -17,7 +17,7 @@ from mixers import mamba_ssm
 from mixers.gdn2 import GatedDeltaNet2
 from mixers.mamba3 import Mamba3
 from recipes.__main__ import main
-from recipes.commands import bench_groups, bench_layer, bench_ops, bench_rows, problems
+from recipes.commands import bench_groups, bench_layer, bench_ops, bench_plot, bench_rows, checks, problems
 from recipes.commands.bench_first import first_call_seconds
 from recipes.commands.bench_timing import Entry, in_turns, time_entries
 
@@ -216,6 +216,19 @@ def test_a_peer_that_fails_is_left_out(tmp_path: Path, capsys: pytest.CaptureFix
     (row,) = bench_rows.read(tmp_path, "op")
     assert (row.what, row.impl, row.batch, row.tokens, row.heads, row.dk) == ("gates", "ours", 2, 70, 2, 16)
     assert (row.fwd_ms, row.extra_mib, row.first_call_s, row.gpu, row.commit) == ("0.5000", "7.5", "", MACHINE.gpu, "abc1234")
+
+
+def test_a_peer_that_is_wrong_is_timed_as_the_page_says(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Its error stands beside its time in the terminal."""
+    group = groups_of([], "gates")[0]
+    ours = group.entries[0]
+    peer = ours._replace(impl="fla 0", function=lambda **leaves: tuple(2 * y for y in ours.function(**leaves)))
+    assert bench_ops.measure(group._replace(entries=[ours, peer]), SMALL, FakeClock(0.5), MACHINE, options(tmp_path))
+    assert [row.impl for row in bench_rows.read(tmp_path, "op")] == ["ours", "fla 0"]
+    assert "1.0e+00" in capsys.readouterr().out
+    assert "Others are held against no limit" in bench_plot.INTRO
+    assert f"within {bench_layer.TOLERANCE:.0%} for a whole mixer".replace("%", " %") in " ".join(bench_plot.INTRO.split())
+    assert f"within {checks.TOLERANCE[torch.bfloat16]:.0%} of".replace("%", " %") in " ".join(bench_plot.INTRO.split())
 
 
 def test_a_layer_is_proved_against_float64() -> None:
