@@ -167,6 +167,28 @@ def test_packed_documents_against_the_recurrence(settings: dict[str, Any], carri
         assert_close(ours[name], g, f"gradient of {name}")
 
 
+@pytest.mark.parametrize("rank", [1, 4])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+@pytest.mark.parametrize("factor", [1e12, math.nan])
+def test_documents_do_not_reach_each_other(rank: int, dtype: torch.dtype, factor: float) -> None:
+    """A document between others of huge numbers or NaN, with a loss of its own: output, its input's gradient and state are to the bit those beside
+    ordinary ones, and those of the document alone (whose matrix products have fewer rows, and other roundings)."""
+    mixer, x, weights = built(mimo_rank=rank).to(dtype), inputs(1, 84, D, dtype=dtype), inputs(1, 9, D, dtype=dtype, seed=2)
+
+    def results(x: Tensor, ends: list[int], span: slice, document: int) -> list[Tensor]:
+        x, state = x.clone().requires_grad_(), mixer.init_state(len(ends) - 1)
+        y, after = mixer(x, state, cu_seqlens=torch.tensor(ends))
+        (y[:, span] * weights).sum().backward()
+        return [y[:, span], x.grad[:, span], *(t[document] for t in after)]
+
+    ends, span = [0, 70, 79, 84], slice(70, 79)
+    wild = torch.cat([factor * x[:, :70], x[:, span], factor * x[:, 79:]], 1)
+    found, ordinary, alone = results(wild, ends, span, 1), results(x, ends, span, 1), results(x[:, span], [0, 9], slice(9), 0)
+    for i, (t, beside, by_itself) in enumerate(zip(found, ordinary, alone, strict=True)):
+        assert torch.equal(t, beside), f"result {i}"
+        assert_close(t, by_itself, f"result {i}")
+
+
 def test_running_sums_of_long_and_packed_sequences() -> None:
     """In float32 to float32 rounding of the angle after 100,000 tokens; gradients stay inside a document."""
     turn = 0.3 * inputs(1, 100_000, 2, dtype=torch.float32).abs()

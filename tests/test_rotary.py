@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from kernels import rotary_keys
-from kernels.rotary.reference import wrapped
+from kernels.rotary.reference import running_sum, wrapped
 
 pytestmark = pytest.mark.usefixtures("poison")
 F64 = torch.float64
@@ -87,6 +87,52 @@ def test_gradients(lengths: tuple[int, ...]) -> None:
         return rotary_keys(**dict(zip(x, tensors, strict=True)), **packed(lengths), neighbours=False)
 
     torch.autograd.gradcheck(run, tuple(x.values()))
+
+
+@pytest.mark.parametrize("rank", [1, 4])
+@pytest.mark.parametrize("dtype", [F64, torch.float32])
+@pytest.mark.parametrize("first", [False, True])
+@pytest.mark.parametrize("factor", [1e12, math.nan])
+def test_documents_are_to_the_bit_what_they_are_alone(rank: int, dtype: torch.dtype, first: bool, factor: float) -> None:
+    """Beside documents of huge numbers and of NaN, before and behind: values, and gradients of a loss of all three."""
+    lengths, span = (70, 9, 5), slice(70, 79)
+    x = make(rank, lengths, first, dtype=dtype)
+    of_tokens = ("B", "C", "theta", "delta")
+    for name in of_tokens:
+        x[name][:, : span.start] *= factor
+        x[name][:, span.stop :] *= factor
+    alone = {name: t[:, span] if name in of_tokens else t[1:2] if name == "first" else t for name, t in x.items()}
+
+    def results(x: dict[str, Tensor], lengths: tuple[int, ...], wanted: slice, document: int) -> list[Tensor]:
+        x = {name: t.clone().requires_grad_() for name, t in x.items()}
+        q, k, last = rotary_keys(**x, **packed(lengths))
+        (q.square().sum() + (q * k.flip(-1)).sum() + last.sin().sum()).backward()
+        mine = [x["first"].grad[document]] if first else []
+        return [q[:, wanted], k[:, wanted], last[document], *(x[name].grad[:, wanted] for name in of_tokens), *mine]
+
+    for found, expected in zip(results(x, lengths, span, 1), results(alone, (9,), slice(None), 0), strict=True):
+        assert expected.isfinite().all()
+        assert torch.equal(found, expected)
+
+
+def test_sums_of_many_short_documents() -> None:
+    """1,000 documents of 1 to 3 tokens: values, gradients and second derivatives."""
+    lengths = torch.randint(1, 4, (1000,), generator=torch.Generator().manual_seed(0)).tolist()
+    x, ends = torch.randn(1, sum(lengths), 2, generator=torch.Generator().manual_seed(1), dtype=F64), packed(tuple(lengths))["cu_seqlens"].int()
+    x.requires_grad_()
+    sums = torch.cat([part.cumsum(1) for part in x.split(lengths, 1)], 1)
+    found, expected = running_sum(x, None, ends), wrapped(sums)
+    for _ in range(2):
+        torch.testing.assert_close(found, expected, rtol=0, atol=1e-12)
+        found, expected = (torch.autograd.grad(y.sin().sum(), x, create_graph=True)[0] for y in (found, expected))
+
+
+@pytest.mark.parametrize("ends", [None, torch.tensor([0, 2, 7])], ids=["one", "packed"])
+def test_a_turn_of_many_circles_takes_no_digits_of_later_ones(ends: Tensor | None) -> None:
+    turn = torch.linspace(-3, 3, 14, dtype=F64).view(1, 7, 2)
+    turn[:, 3] = 1e12
+    angle = running_sum(turn, torch.full((1 if ends is None else 2, 2), 1e12, dtype=F64), ends)
+    torch.testing.assert_close(wrapped(angle[:, 4:] - angle[:, 3:-1] - turn[:, 4:]), torch.zeros(1, 3, 2, dtype=F64), rtol=0, atol=1e-12)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])

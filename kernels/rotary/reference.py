@@ -11,6 +11,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from kernels.varlen import positions
+
 
 def rotary_keys(
     B: Tensor,
@@ -52,41 +54,41 @@ def rotate_pairs(x: Tensor, angle: Tensor, *, neighbours: bool) -> Tensor:
 
 def wrapped(angle: Tensor) -> Tensor:
     """The same angle in [-pi, pi]; small angles keep their digits."""
-    return angle - 2 * math.pi * (angle / (2 * math.pi)).round()
+    return angle - 2 * math.pi * (angle.detach() / (2 * math.pi)).round()
 
 
 def running_sum(x: Tensor, first: Tensor | None, cu_seqlens: Tensor | None) -> Tensor:
     """first + x_1 + ... + x_t in every sequence, modulo 2 pi: x [B, T, ..], first [N, ..] (None: zero) -> [B, T, ..] in x's dtype.
 
-    Summed in float64: float32 would be off by 1e-3 rad after a few thousand tokens, and more where documents are packed.
+    Summed in float64: float32 would be off by 1e-3 rad after a few thousand tokens. Every turn is reduced before it is added, so that one of many
+    circles takes no digits of those behind it.
     """
-    wide = x.double()
+    wide, first = wrapped(x.double()), None if first is None else wrapped(first.double())
     if cu_seqlens is None:
         total = wide.cumsum(1)
         return wrapped(total if first is None else first.unsqueeze(1) + total).to(x.dtype)
-    ends = cu_seqlens.long()
     if first is not None:
-        wide = wide.index_add(1, ends[:-1], first.unsqueeze(0).double())
-    document = torch.searchsorted(ends[1:], torch.arange(x.shape[1], device=x.device), right=True)
-    inside: Tensor = _DocumentSum.apply(wide, ends[document], ends[document + 1])  # type: ignore[no-untyped-call]
+        wide = wide.index_add(1, cu_seqlens[:-1].long(), first.unsqueeze(0))
+    inside: Tensor = _DocumentSum.apply(wide, cu_seqlens)  # type: ignore[no-untyped-call]
     return wrapped(inside).to(x.dtype)
 
 
 class _DocumentSum(torch.autograd.Function):
-    """Running sums inside packed documents. Both directions only gather: autograd's own backward would add to the documents' starts with atomics."""
+    """Running sums inside packed documents x [1, T, ..], to the bit those of each document alone: no sum holds a number of another document, not even
+    one that is subtracted again. Nothing is read on the host, and neither direction needs atomics."""
 
     @staticmethod
-    def forward(ctx, x: Tensor, starts: Tensor, ends: Tensor) -> Tensor:  # type: ignore[no-untyped-def]
-        ctx.save_for_backward(ends)
-        total = _pad_tokens(x.cumsum(1), 1, 0)
-        return total[:, 1:] - total.index_select(1, starts)
+    def forward(ctx, x: Tensor, cu_seqlens: Tensor) -> Tensor:  # type: ignore[no-untyped-def]
+        ctx.save_for_backward(cu_seqlens)
+        total, position, reach = x.clone(), positions(x.shape[1], cu_seqlens, x.device), 1
+        while reach < x.shape[1]:  # every sum has the last `reach` tokens of its document; it takes over those before them
+            inside = (position[reach:] >= reach).view(-1, *[1] * (x.ndim - 2))
+            total[:, reach:] += total[:, :-reach].where(inside, 0.0)  # a product with zero would keep a NaN
+            reach *= 2
+        return total
 
     @staticmethod
-    def backward(ctx, grad: Tensor) -> tuple[Tensor, None, None]:  # type: ignore[no-untyped-def]
-        (ends,) = ctx.saved_tensors
-        total = _pad_tokens(grad.flip(1).cumsum(1).flip(1), 0, 1)
-        return total[:, :-1] - total.index_select(1, ends), None, None
-
-
-def _pad_tokens(x: Tensor, before: int, behind: int) -> Tensor:
-    return F.pad(x, (*[0, 0] * (x.ndim - 2), before, behind))
+    def backward(ctx, grad: Tensor) -> tuple[Tensor, None]:  # type: ignore[no-untyped-def]
+        (cu_seqlens,) = ctx.saved_tensors
+        total: Tensor = _DocumentSum.apply(grad.flip(1), grad.shape[1] - cu_seqlens.flip(0))  # type: ignore[no-untyped-call]
+        return total.flip(1), None
