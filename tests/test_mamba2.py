@@ -49,7 +49,7 @@ def weights(settings: dict[str, Any], seed: int = 0) -> dict[str, Tensor]:
     return {name: 0.5 * torch.randn(*shape, dtype=torch.float64, generator=generator) for name, shape in shapes.items()}
 
 
-def naive_mamba2(p: dict[str, Tensor], x: Tensor, m: Mamba2) -> Tensor:
+def naive_mamba2(p: dict[str, Tensor], x: Tensor, m: Mamba2, eps: float = 1e-5) -> Tensor:
     """One sequence x [T, D], token by token and head by head: h_t = exp(dt A) h_{t-1} + dt B x^T, y = C h + D x."""
     P, N, G = m.head_dim, m.d_state, m.num_groups
     inner = p["out_proj.weight"].shape[1]
@@ -68,7 +68,7 @@ def naive_mamba2(p: dict[str, Tensor], x: Tensor, m: Mamba2) -> Tensor:
             h[j] = torch.exp(-dt[t, j] * p["A_log"][j].exp()) * h[j] + dt[t, j] * torch.outer(B[t, group], value)
             y.append(C[t, group] @ h[j] + p["D"][j] * value)
         gated = (torch.cat(y) * F.silu(z[t])).view(G, -1)
-        normed = gated / (gated.square().mean(-1, keepdim=True) + m.norm.eps).sqrt()
+        normed = gated / (gated.square().mean(-1, keepdim=True) + eps).sqrt()
         outputs.append(p["out_proj.weight"] @ (normed.view(-1) * p["norm.weight"]))
     return torch.stack(outputs)
 
@@ -89,7 +89,7 @@ def test_layer_against_the_recurrence(name: str, tokens: int) -> None:
         inputs(tokens, D, dtype=torch.float64).requires_grad_(),
         inputs(tokens, D, dtype=torch.float64, seed=2),
     )
-    y = naive_mamba2(p, x, mixer)
+    y = naive_mamba2(p, x, mixer, SIZES[name].get("norm_eps", 1e-5))
     expected = dict(zip(["x", *p], torch.autograd.grad((y * cotangent).sum(), [x, *p.values()]), strict=True))
     out = mixer(x.unsqueeze(0))[0][0]
     own = dict(mixer.named_parameters())
@@ -150,7 +150,8 @@ def test_sizes_of_the_paper() -> None:
 
 
 def test_initial_values_and_roles() -> None:
-    """exp(A_log) in [1, 16], softplus(dt_bias) log-uniform in [0.001, 0.1], D and the norm's weight 1; the first three in float32."""
+    """exp(A_log) in [1, 16], softplus(dt_bias) log-uniform in [0.001, 0.1], floor 1e-4, D and the norm's weight 1; the first three in float32.
+    The convolution begins as torch's Conv1d does: weight and bias uniform in +- 1 / sqrt(taps)."""
     mixer = Mamba2(256, head_dim=2)
     initialize(mixer, 0)
     rate, dt = mixer.step_size.a.exp(), F.softplus(mixer.step_size.delta)
@@ -159,6 +160,12 @@ def test_initial_values_and_roles() -> None:
     assert 0.99e-3 <= dt.min() < 1.2e-3
     assert 0.08 < dt.max() <= 0.1001
     assert 0.3 < (dt < 0.01).float().mean() < 0.7
+    ranges = {name: [math.exp(bound) for bound in bounds] for name, bounds in mixer.step_size.initial_ranges().items()}
+    assert ranges == {"a": pytest.approx([1, 16]), "delta": pytest.approx([math.expm1(1e-4), math.expm1(0.1)])}
+    for x in (mixer.conv1d.weight, mixer.conv1d.bias):
+        assert 0.48 < x.max() <= 0.5
+        assert -0.5 <= x.min() < -0.48
+        assert 0.45 < (x.abs() < 0.25).float().mean() < 0.55
     assert (mixer.skip.D == 1).all()
     assert (mixer.norm.weight == 1).all()
     groups = mixer.parameter_groups()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from itertools import product
 from typing import Any, NamedTuple
 
 import pytest
@@ -15,9 +16,10 @@ from mixers import registry
 from mixers.contract import assert_close, error, inputs
 from mixers.errors import ConfigError
 from mixers.init import initialize
-from mixers.mamba3 import MAMBA_SSM, Mamba3
+from mixers.mamba3 import MAMBA_SSM, Mamba3, Mamba3State
 
 D, T = 8, 11
+LONG = 70  # more than a chunk of the delta rule
 SIZES = {"head_dim": 4, "d_state": 8}
 LAYERS: dict[str, dict[str, Any]] = {
     "siso": {},
@@ -25,6 +27,7 @@ LAYERS: dict[str, dict[str, Any]] = {
     "rank-2": {"mimo_rank": 2, "rope_fraction": 0.25},
     "mimo": {"mimo_rank": 4},
     "mimo-all-rotated": {"mimo_rank": 4, "rope_fraction": 1.0, "num_groups": 2, "out_norm": True},
+    "other-constants": {"mimo_rank": 2, "out_norm": True, "norm_eps": 0.1, "a_floor": 0.7},
 }
 
 
@@ -56,8 +59,8 @@ def turned(x: Tensor, angle: Tensor, neighbours: bool) -> Tensor:
     return torch.stack(out)
 
 
-def rms(x: Tensor, weight: Tensor) -> Tensor:
-    return x / (x.square().mean() + 1e-5).sqrt() * weight
+def rms(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    return x / (x.square().mean() + eps).sqrt() * weight
 
 
 class Direct(NamedTuple):
@@ -66,9 +69,9 @@ class Direct(NamedTuple):
     angle: Tensor  # [H, A]
 
 
-def direct(m: Mamba3, x: Tensor, *, turn_the_state: bool = False) -> Direct:
+def direct(m: Mamba3, x: Tensor, settings: dict[str, Any], *, turn_the_state: bool = False) -> Direct:
     """h_t = a_t h_{t-1} + eta_t x_{t-1} + zeta_t x_t with rotated keys and queries; or with plain ones and a state that turns the other way."""
-    W, pairs = published(m), m.mimo_rank == 1
+    W, pairs, eps, a_floor = published(m), m.mimo_rank == 1, settings.get("norm_eps", 1e-5), settings.get("a_floor", 1e-4)
     H, P, K, R, G, A = m.num_heads, m.head_dim, m.d_state, m.mimo_rank, m.num_groups, m.num_angles
     one = torch.ones(H, R, P, dtype=x.dtype)
     up, gate, down = (W.get(name, one) for name in ("mimo_x", "mimo_z", "mimo_o"))
@@ -78,15 +81,15 @@ def direct(m: Mamba3, x: Tensor, *, turn_the_state: bool = False) -> Direct:
         z, v, B, C, f, a, trap, theta = (W["in_proj.weight"] @ token).split([H * P, H * P, R * G * K, R * G * K, H, H, H, A])
         z, v, B, C = z.view(H, P), v.view(H, P), B.view(R, G, K), C.view(R, G, K)
         delta = torch.log1p((f + W["dt_bias"]).exp())
-        alpha = (-torch.log1p(a.exp()).clamp_min(1e-4) * delta).exp()
+        alpha = (-torch.log1p(a.exp()).clamp_min(a_floor) * delta).exp()
         lam = 1 / (1 + (-trap).exp())
         eta, zeta = (1 - lam) * delta * alpha, lam * delta
         turn = math.pi * theta.tanh() * delta.unsqueeze(1)
         angle = angle + turn
         y = []
         for j in range(H):
-            keys = [rms(B[r, j // (H // G)], W["B_norm.weight"]) + W["B_bias"][j, r] for r in range(R)]
-            queries = [rms(C[r, j // (H // G)], W["C_norm.weight"]) + W["C_bias"][j, r] for r in range(R)]
+            keys = [rms(B[r, j // (H // G)], W["B_norm.weight"], eps) + W["B_bias"][j, r] for r in range(R)]
+            queries = [rms(C[r, j // (H // G)], W["C_norm.weight"], eps) + W["C_bias"][j, r] for r in range(R)]
             if turn_the_state:
                 h[j], before[j] = turned(h[j], -turn[j], pairs), turned(before[j], -turn[j], pairs)
             else:
@@ -97,11 +100,20 @@ def direct(m: Mamba3, x: Tensor, *, turn_the_state: bool = False) -> Direct:
             for r in range(R):
                 o = h[j].T @ queries[r] + W["D"][j] * up[j, r] * v[j]
                 if "norm.weight" in W:
-                    o = rms(o, W["norm.weight"].view(H, P)[j])
+                    o = rms(o, W["norm.weight"].view(H, P)[j], eps)
                 out = out + o * F.silu(z[j] * gate[j, r]) * down[j, r]
             y.append(out)
         rows.append(W["out_proj.weight"] @ torch.cat(y))
     return Direct(torch.stack(rows), torch.stack(h), angle)
+
+
+def assert_state(mixer: Mamba3, state: Mamba3State, expected: list[Direct], what: str) -> None:
+    """h = u + zeta sum_r k_r v_r^T and the angle are the recurrence's, of every sequence."""
+    for n, end in enumerate(expected):
+        v = state.v[n] if mixer.mimo_rank == 1 else state.v[n] * mixer.mimo_x.weight.transpose(0, 1)
+        last = torch.einsum("rhk,rhv->hkv", state.k[n], v.expand(mixer.mimo_rank, -1, -1))
+        assert_close(state.u[n] + state.zeta[n, :, None, None] * last, end.h, f"h of {what}, sequence {n}")
+        assert_close(state.angle[n], wrapped(end.angle), f"angle of {what}, sequence {n}")
 
 
 def gradients(mixer: Mamba3, y: Tensor, x: Tensor) -> dict[str, Tensor]:
@@ -111,31 +123,31 @@ def gradients(mixer: Mamba3, y: Tensor, x: Tensor) -> dict[str, Tensor]:
     return {"input": x.grad.clone(), **{name: p.grad.clone() for name, p in mixer.named_parameters()}}
 
 
-@layers
-@pytest.mark.parametrize("tokens", [1, 2, T])
-def test_forward_and_gradients_against_the_recurrence(settings: dict[str, Any], tokens: int) -> None:
+@pytest.mark.parametrize(("name", "tokens"), [*product(LAYERS, (1, 2, T)), ("siso", LONG), ("mimo", LONG)])
+def test_forward_and_gradients_against_the_recurrence(name: str, tokens: int) -> None:
+    settings = LAYERS[name]
     mixer, x = built(**settings), inputs(tokens, D, dtype=torch.float64).requires_grad_()
-    y, expected = mixer(x.unsqueeze(0))[0][0], direct(mixer, x).y
+    y, expected = mixer(x.unsqueeze(0))[0][0], direct(mixer, x, settings).y
     assert_close(y, expected, "outputs")
     ours, theirs = gradients(mixer, y, x), gradients(mixer, expected, x)
     largest = max(float(g.abs().max()) for g in theirs.values())
-    for name, g in theirs.items():
-        assert g.any() or tokens == 1, f"{name} has no part in the output"
-        assert_close(ours[name], g, f"gradient of {name}", 1e-3 * largest)
+    for what, g in theirs.items():
+        assert g.any() or tokens == 1, f"{what} has no part in the output"
+        assert_close(ours[what], g, f"gradient of {what}", 1e-3 * largest)
 
 
 @layers
 def test_rotated_keys_are_a_state_that_turns(settings: dict[str, Any]) -> None:
     """The rotation as Mamba-3 has it in its state-space model: the state turns, keys and queries stay."""
     mixer, x = built(**settings), inputs(T, D, dtype=torch.float64)
-    assert_close(mixer(x.unsqueeze(0))[0][0], direct(mixer, x, turn_the_state=True).y, "outputs")
+    assert_close(mixer(x.unsqueeze(0))[0][0], direct(mixer, x, settings, turn_the_state=True).y, "outputs")
 
 
 @layers
 def test_the_state_is_the_recurrence_s_without_the_last_write(settings: dict[str, Any]) -> None:
     """h_T = u_T + zeta_T sum_r k_r v_r^T, and the sum of all angles; the same after steps."""
     mixer, x = built(**settings), inputs(T, D, dtype=torch.float64)
-    expected = direct(mixer, x)
+    expected = direct(mixer, x, settings)
     y, state = mixer(x.unsqueeze(0), mixer.init_state(1))
     stepped, rows = mixer.init_state(1), []
     for token in x:
@@ -143,25 +155,25 @@ def test_the_state_is_the_recurrence_s_without_the_last_write(settings: dict[str
         rows.append(o)
     for what, outputs, s in (("forward", y[0], state), ("steps", torch.cat(rows), stepped)):
         assert_close(outputs, expected.y, f"outputs of {what}")
-        v = s.v[0] if mixer.mimo_rank == 1 else s.v[0] * mixer.mimo_x.weight.transpose(0, 1)
-        last = torch.einsum("rhk,rhv->hkv", s.k[0], v.expand(mixer.mimo_rank, -1, -1))
-        assert_close(s.u[0] + s.zeta[0, :, None, None] * last, expected.h, f"h of {what}")
-        assert_close(s.angle[0], wrapped(expected.angle), f"angle of {what}")
+        assert_state(mixer, s, [expected], what)
 
 
 @layers
 @pytest.mark.parametrize("carried", [False, True])
 def test_packed_documents_against_the_recurrence(settings: dict[str, Any], carried: bool) -> None:
-    """Every document by itself, with gradients; `carried`: each goes on from tokens that came before it."""
+    """Every document by itself, with its final state and gradients; `carried`: each goes on from tokens that came before it."""
     lengths = [1, 4, 1, 2, 3]
     mixer, x = built(**settings), inputs(1, sum(lengths), D, dtype=torch.float64).requires_grad_()
     prefix = inputs(len(lengths), 3, D, dtype=torch.float64, seed=4).requires_grad_()
     ends = torch.tensor([0, *lengths]).cumsum(0)
     state = mixer(prefix, mixer.init_state(len(lengths)))[1] if carried else None
-    y, _ = mixer(x, state, cu_seqlens=ends)
+    y, after = mixer(x, state, cu_seqlens=ends)
+    after = after or mixer(x, mixer.init_state(len(lengths)), cu_seqlens=ends)[1]  # without a state none comes back
     documents = [torch.cat([prefix[i], part]) if carried else part for i, part in enumerate(x[0].split(lengths))]
-    expected = torch.cat([direct(mixer, document).y[-n:] for document, n in zip(documents, lengths, strict=True)])
+    alone = [direct(mixer, document, settings) for document in documents]
+    expected = torch.cat([a.y[-n:] for a, n in zip(alone, lengths, strict=True)])
     assert_close(y[0], expected, "outputs")
+    assert_state(mixer, after, alone, "the state")
     ours, theirs = gradients(mixer, y[0], x), gradients(mixer, expected, x)
     for name, g in theirs.items():
         assert_close(ours[name], g, f"gradient of {name}")
@@ -253,6 +265,19 @@ def test_parameters_are_those_of_mamba_ssm(rank: int) -> None:
     kept = {MAMBA_SSM[name] for name in ("dt_bias", "B_bias", "C_bias", "D", *(("mimo_x", "mimo_z", "mimo_o") if mimo else ()))}
     assert mixer.parameter_groups().fp32 == kept
     assert mixer.parameter_groups().no_decay == kept | {"B_norm.weight", "C_norm.weight", "norm.weight"}
+
+
+@pytest.mark.parametrize("settings", [{}, {"dt_min": 0.02, "dt_max": 0.5}, {"dt_min": 0.01, "dt_max": 0.4, "dt_floor": 0.05}], ids=str)
+def test_first_step_sizes_are_as_set(settings: dict[str, float]) -> None:
+    """Log-uniform from dt_min to dt_max and raised to dt_floor, by quantiles of 512 heads; an audit gets the same bounds."""
+    least, most, floor = {"dt_min": 0.001, "dt_max": 0.1, "dt_floor": 1e-4, **settings}.values()
+    mixer = Mamba3(256, **{**SIZES, "head_dim": 1, **settings})
+    initialize(mixer, 0)
+    share = torch.linspace(0, 1, 9, dtype=torch.float64)
+    expected = (least * (most / least) ** share).clamp_min(floor)
+    assert error(F.softplus(mixer.step_size.dt_bias.double()).quantile(share).log(), expected.log()) < 0.05
+    bounds = torch.tensor(mixer.step_size.initial_ranges()["dt_bias"], dtype=torch.float64)
+    assert_close(F.softplus(bounds), expected[[0, -1]], "bounds")
 
 
 @layers
