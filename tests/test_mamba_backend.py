@@ -192,6 +192,33 @@ def test_tensors_that_do_not_fit(name: str, device: torch.device, dtype: torch.d
     assert mixer.kernels.resolve(CUDA, torch.bfloat16, 65_535) == "mamba_ssm"
 
 
+@pytest.mark.parametrize(
+    ("name", "batch", "tokens", "documents", "expected"),
+    [
+        ("mamba2", 1, 1, None, (1, "chunks")),
+        ("mamba2", 3, 256, None, (3, "chunks")),
+        ("mamba2", 3, 257, None, (6, "chunks")),
+        ("mamba2", 1, 520, [0, 1, 2, 520], (3, "chunks")),
+        ("mamba3", 3, 257, None, (3, "sequences")),
+        ("mamba3", 1, 9, [0, 1, 2, 4, 9], (4, "sequences")),
+    ],
+)
+def test_programs_of_a_forward_are_counted(
+    name: str, batch: int, tokens: int, documents: list[int] | None, expected: tuple[int, str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What a forward asks for: chunks of 256 tokens of all rows, or sequences, of which the grids take 65,535."""
+    asked: list[tuple[int, str]] = []
+
+    def resolve(_: mamba_ssm.Choice, __: torch.device, ___: torch.dtype, programs: int = 1, what: str = "sequences") -> mamba_ssm.Resolved:
+        asked.append((programs, what))
+        return "delta"
+
+    monkeypatch.setattr(mamba_ssm.Choice, "resolve", resolve)
+    mixer: Any = registry.build(name, 8, {name: {"head_dim": 8, "d_state": 8}})
+    mixer(torch.zeros(batch, tokens, 8), cu_seqlens=None if documents is None else torch.tensor(documents))
+    assert asked == [expected]
+
+
 @pytest.mark.usefixtures("possible")
 @pytest.mark.parametrize("name", ["mamba2", "mamba3"])
 def test_first_use_on_a_cpu(name: str) -> None:
@@ -220,6 +247,16 @@ def test_sizes_that_do_not_fit(name: str, settings: dict[str, Any], expected: st
     assert str(raised.value) == f"mixers.{name}.backend: mamba_ssm cannot run: {expected}; set backend to auto or delta"
     mixer: Any = registry.build(name, 64, {name: settings})
     assert mixer.kernels.resolve(CUDA, torch.bfloat16) == "delta"
+
+
+@pytest.mark.usefixtures("possible")
+@pytest.mark.parametrize(("name", "legal"), [("mamba2", (8, 24, 256)), ("mamba3", (16, 32, 64, 128))])
+def test_sizes_that_fit(name: str, legal: tuple[int, ...]) -> None:
+    """The smallest and the largest too."""
+    for size in legal:
+        for settings in ({"head_dim": size, "d_state": legal[0]}, {"head_dim": legal[0], "d_state": size}):
+            mixer: Any = registry.build(name, size, {name: {**settings, "expand": legal[0], "backend": "mamba_ssm"}})
+            assert mixer.kernels.resolve(CUDA, torch.bfloat16) == "mamba_ssm"
 
 
 @pytest.mark.parametrize("name", ["mamba2", "mamba3"])
