@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from typing import Any, NamedTuple, Self, final
+from typing import Any, Self, final
 
 import torch
 from lightning.pytorch import Callback, LightningModule
@@ -16,29 +16,18 @@ from torch.optim import Optimizer
 
 from lit_modules.audit import Audit
 from lit_modules.autopsy import Step, StepGuard
-from lit_modules.checkpoint import HEADER, check_same_model, load_lm, read_checkpoint, read_header, write_header
+from lit_modules.checkpoint import HEADER, check_same_model, read_header, write_header
 from lit_modules.data.windows import IGNORED, Batch
 from lit_modules.decoder_lm import DecoderLM
-from lit_modules.metrics import SequenceNLL, TokenNLL, scores, sequence_nll, token_nll
+from lit_modules.metrics import SequenceNLL, StepTotals, TokenNLL, scores, sequence_nll, token_nll
 from lit_modules.optim import build_adamw, cosine_lr, describe_groups, group_table, optimizer_groups, scale_and_clip
 from lit_modules.parallel import FSDP2, STRATEGIES
 from lit_modules.resume import Resume
 from lit_modules.units import reshard
 from mixers.errors import ConfigError
 
-__all__ = ["LitLM", "load_lm", "read_checkpoint"]
-
 UNKNOWN_STEPS = 2**62  # the limit on steps until the size of a step is known
 LIGHTNING_MAX_EPOCHS = 1000  # what Lightning takes for "no limit was given"
-
-
-class StepTotals(NamedTuple):
-    """Sums over all micro-batches and data-parallel ranks of an optimizer step."""
-
-    nll: float  # nats
-    targets: float  # valid ones
-    n_bytes: float
-    positions: float  # valid or not: what `max_tokens` counts
 
 
 @final

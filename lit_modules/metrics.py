@@ -24,6 +24,15 @@ def token_nll(logits_BTV: Tensor, targets_BT: Tensor, *, reduction: str = "none"
     return nll if reduction == "sum" else nll.view_as(targets_BT)
 
 
+class StepTotals(NamedTuple):
+    """Sums over all micro-batches and data-parallel ranks of an optimizer step."""
+
+    nll: float  # nats
+    targets: float  # valid ones
+    n_bytes: float
+    positions: float  # valid or not: what `max_tokens` counts
+
+
 class SequenceNLL(NamedTuple):
     """What a prediction says of each sequence: packed documents (pieces of one, where a window cut it), or rows without boundaries."""
 

@@ -12,8 +12,9 @@ import torch
 from lit_cases import fit, make_batch, make_lit, make_lm, one_thread, saved  # noqa: F401
 
 from lit_modules import checkpoint
+from lit_modules.checkpoint import load_lm, read_checkpoint
 from lit_modules.decoder_lm import DecoderLM
-from lit_modules.lit_lm import LitLM, load_lm, read_checkpoint
+from lit_modules.lit_lm import LitLM
 from mixers import mamba_ssm
 from mixers.errors import ConfigError
 

@@ -27,8 +27,8 @@ from lit_cases import (
     saved,
 )
 
+from lit_modules.checkpoint import load_lm, read_checkpoint
 from lit_modules.data.windows import IGNORED
-from lit_modules.lit_lm import load_lm, read_checkpoint
 from lit_modules.metrics import TokenNLL, scores, sequence_nll, token_nll
 from mixers.errors import ConfigError
 

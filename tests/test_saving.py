@@ -20,8 +20,9 @@ from cli_cases import here_fixture, one_thread  # noqa: F401
 from lit_cases import make_lm
 
 from lit_modules import events, intact
+from lit_modules.checkpoint import read_checkpoint
 from lit_modules.intact import last_good, link, part_of, write_file
-from lit_modules.lit_lm import LitLM, read_checkpoint
+from lit_modules.lit_lm import LitLM
 from lit_modules.stopping import StopOnSignal
 from mixers.errors import ConfigError
 from recipes.__main__ import main

@@ -155,7 +155,7 @@ PYTHON_FILES = [*FILES, *sorted((ROOT / "tests").rglob("*.py"))]
 @pytest.mark.parametrize("path", PYTHON_FILES, ids=relative)
 def test_files_are_short(path: Path) -> None:
     lines = path.read_text().count("\n")
-    assert lines <= 400
+    assert lines <= (400 if relative(path).startswith("tests/") else 300)
 
 
 @pytest.mark.parametrize("path", FILES, ids=relative)

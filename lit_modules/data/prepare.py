@@ -7,10 +7,8 @@ with what is there and whole. Nothing but the source and the settings has a say 
 
 from __future__ import annotations
 
-import hashlib
 import shutil
 from collections.abc import Callable
-from contextlib import suppress
 from pathlib import Path
 from typing import Any, NamedTuple, final
 
@@ -26,11 +24,8 @@ from lit_modules.data.shards import (
     Index,
     Shard,
     files_of,
-    hash_of,
     is_own,
     read_index,
-    replace_file,
-    sync,
     token_dtype,
     what_is_wrong,
     write_index,
@@ -38,7 +33,7 @@ from lit_modules.data.shards import (
 from lit_modules.data.sources import Source
 from lit_modules.data.stream import encode_document, validates
 from lit_modules.data.tokenizer import Tokenizer
-from lit_modules.data.work import Counts, Part, Record, Side, Work, exclusive, writing
+from lit_modules.data.work import Counts, Part, Record, ShardWriter, Side, Work, exclusive, writing
 from mixers.errors import ConfigError
 
 
@@ -222,11 +217,11 @@ class _Preparation:
 
     def _join(self, number: int, units: range, ready: dict[int, Counts], before: list[Shard] | None) -> Record:
         """Joins the files of some units to a shard of each split, records that, and removes them. `before`: what the shards were once."""
-        writers: list[_ShardWriter] = []
+        writers: list[ShardWriter] = []
         try:
             with writing(self.folder):
                 for split in SPLITS:
-                    writers.append(_ShardWriter(self.folder, f"{split}-{number:05}"))
+                    writers.append(ShardWriter(self.folder, f"{split}-{number:05}"))
                 for unit in units:
                     part = self.work.read_part(unit) or self._make(unit)  # if it was damaged meanwhile
                     for writer, side, sizes in zip(writers, part.sides, part.counts, strict=True):
@@ -265,40 +260,3 @@ class _Preparation:
             raise ConfigError("source: it holds no documents (every text is empty)")
         with writing(self.folder):
             write_index(index)
-
-
-@final
-class _ShardWriter:
-    """A shard of one split, under another name until it is whole."""
-
-    def __init__(self, folder: Path, name: str) -> None:
-        self._name = name
-        self._tokens_file, self._starts_file = files_of(folder, name)
-        self._scratch = folder / f"{name}.tmp"
-        self._file = self._scratch.open("wb")
-        self._digest = hashlib.blake2b(digest_size=16)
-        self._starts: list[npt.NDArray[np.uint64]] = []
-        self._sizes = np.zeros(3, dtype=np.int64)  # documents, tokens, bytes
-
-    def append(self, side: Side, sizes: npt.NDArray[np.int64]) -> None:
-        """Adds what the split has of a unit."""
-        self._file.write(side.tokens.data)
-        self._digest.update(side.tokens.data)
-        self._starts.append(side.starts + np.uint64(self._sizes[1]))
-        self._sizes += sizes
-
-    def finish(self) -> Shard:
-        """Puts both files in their places."""
-        with self._file:
-            sync(self._file)
-        self._scratch.replace(self._tokens_file)
-        starts = np.concatenate(self._starts).astype(STARTS).tobytes()
-        replace_file(self._starts_file, starts)
-        documents, tokens, n_bytes = self._sizes.tolist()
-        return Shard(self._name, documents, tokens, n_bytes, self._digest.hexdigest(), hash_of(starts))
-
-    def discard(self) -> None:
-        """Leaves nothing of a shard that was not finished."""
-        with suppress(OSError):  # closing writes what is left, for which there may be no room
-            self._file.close()
-        self._scratch.unlink(missing_ok=True)

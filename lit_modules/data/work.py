@@ -7,6 +7,7 @@ and what it stood for is made again.
 from __future__ import annotations
 
 import errno
+import hashlib
 import json
 import zlib
 from collections.abc import Iterable, Iterator
@@ -18,7 +19,7 @@ from typing import Any, NamedTuple, final
 import numpy as np
 import numpy.typing as npt
 
-from lit_modules.data.shards import INDEX, WORK, Shard, is_own, read_index, replace_file
+from lit_modules.data.shards import INDEX, STARTS, WORK, Shard, files_of, hash_of, is_own, read_index, replace_file, sync
 from mixers.errors import ConfigError
 
 PLAN, PART, RECORD = "plan", ".part", ".record"
@@ -168,3 +169,40 @@ def writing(folder: Path) -> Iterator[None]:
         full = error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
         advice = "what is finished is kept: make room and give the same command again" if full else "mend that, or give another folder"
         raise ConfigError(f"out: {error.filename2 or error.filename or folder} cannot be written: {error.strerror or error}; {advice}") from error
+
+
+@final
+class ShardWriter:
+    """A shard of one split, under another name until it is whole."""
+
+    def __init__(self, folder: Path, name: str) -> None:
+        self._name = name
+        self._tokens_file, self._starts_file = files_of(folder, name)
+        self._scratch = folder / f"{name}.tmp"
+        self._file = self._scratch.open("wb")
+        self._digest = hashlib.blake2b(digest_size=16)
+        self._starts: list[npt.NDArray[np.uint64]] = []
+        self._sizes = np.zeros(3, dtype=np.int64)  # documents, tokens, bytes
+
+    def append(self, side: Side, sizes: npt.NDArray[np.int64]) -> None:
+        """Adds what the split has of a unit."""
+        self._file.write(side.tokens.data)
+        self._digest.update(side.tokens.data)
+        self._starts.append(side.starts + np.uint64(self._sizes[1]))
+        self._sizes += sizes
+
+    def finish(self) -> Shard:
+        """Puts both files in their places."""
+        with self._file:
+            sync(self._file)
+        self._scratch.replace(self._tokens_file)
+        starts = np.concatenate(self._starts).astype(STARTS).tobytes()
+        replace_file(self._starts_file, starts)
+        documents, tokens, n_bytes = self._sizes.tolist()
+        return Shard(self._name, documents, tokens, n_bytes, self._digest.hexdigest(), hash_of(starts))
+
+    def discard(self) -> None:
+        """Leaves nothing of a shard that was not finished."""
+        with suppress(OSError):  # closing writes what is left, for which there may be no room
+            self._file.close()
+        self._scratch.unlink(missing_ok=True)
