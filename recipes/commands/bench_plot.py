@@ -25,13 +25,14 @@ RECURRENCES = {*WIDTHS, "attention", "ssd", "siso"}
 INTRO = """# Benchmarks
 
 Written by `python -m recipes bench plot` from the rows in `benchmarks/`, which `python -m recipes bench op`, `layer` and `decode` add to. The
-newest row of each implementation and shape is shown. Those of one commit and day that stand together were timed in one process on the same
-tensors, in turns, with cold caches; times are medians. Ours get no row at a shape where their results are not those of the float64 reference
-(within 4 % of a tensor's largest entry in bfloat16, and within sqrt(tokens / 1,024) times that where it is a sum over all later tokens that
-nearly cancels; within 8 % for a whole mixer). Others are held against no limit: `bench op` shows their errors in the terminal, and their times are
-taken whatever these are. `gdn2` begins with normalised queries and keys; `gdn2+norm` begins with raw ones and times each side's own norm with the
-op. The host runs ahead of the GPU, as inside of a model: a time is that of the GPU. Only `decode` includes waiting for the host, in its eager
-rows. Whole trainings (`bench train`) are `fit`, one after the other on one machine: tokens a second are those of all devices together.
+newest row of each implementation and shape is shown, so a plot may join rows of several commits: the tables name them. Those of one commit and
+day that stand together were timed in one process on the same tensors, in turns, with cold caches; times are medians. Ours get no row at a shape
+where their results are not those of the float64 reference (within 4 % of a tensor's largest entry in bfloat16, and within sqrt(tokens / 1,024)
+times that where it is a sum over all later tokens that nearly cancels; within 8 % for a whole mixer). Others are held against no limit: `bench
+op` shows their errors in the terminal, and their times are taken whatever these are. `gdn2` begins with normalised queries and keys; `gdn2+norm`
+begins with raw ones and times each side's own norm with the op. The host runs ahead of the GPU, as inside of a model: a time is that of the GPU.
+Only `decode` includes waiting for the host, in its eager rows. Whole trainings (`bench train`) are `fit`, one after the other on one machine:
+tokens a second are those of all devices together.
 """
 
 
