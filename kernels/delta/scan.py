@@ -14,7 +14,7 @@ from kernels.delta.forward import Problem, as_rows, make_problem
 
 # Sequences of at least LONG chunks are divided where there are at most FEW states (sequences times value heads), so that there are some MANY, into
 # segments of at least LEAST chunks.
-LONG, FEW, MANY, LEAST = 32, 576, 2304, 8
+LONG, FEW, MANY, LEAST = 64, 576, 2304, 8
 INPUTS = ("S_Q", "S_K", "S_V", "S_G", "S_W", "H", "HV", "HG", "K", "V", "C", "G", "W", "PACKED", "EXACT", "PRECISION")
 
 

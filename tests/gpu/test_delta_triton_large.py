@@ -144,7 +144,7 @@ def test_fifty_packed_lengths_compile_nothing(mixer: str) -> None:
 
 @both
 def test_dense_lengths_and_batches_compile_nothing(mixer: str) -> None:
-    for batch, tokens in ((2, 130), (64, 130), (1, 2048)):  # a tile for few sequences, one for many; long ones have segments
+    for batch, tokens in ((2, 130), (64, 130), (1, 8000)):  # a tile for few sequences, one for many; long ones have segments
         run(kernel, held(drawn((batch, tokens), 1, 2, 64, 64, torch.bfloat16, mixer)))
     with compilations() as compiled:
         for batch, tokens in ((1, 1), (1, 16), (3, 64), (16, 65), (1, 4096), (2, 4097), (5, 1000)):
@@ -155,7 +155,7 @@ def test_dense_lengths_and_batches_compile_nothing(mixer: str) -> None:
 @pytest.mark.parametrize("mixer", ["gdn2", "mamba2"])
 @pytest.mark.parametrize("layout", ["dense", "packed"])
 def test_does_not_wait_for_the_device(layout: str, mixer: str) -> None:
-    inputs = make(case_of(mixer, 64, 64, layout=layout, tokens=2100 if layout == "dense" else 300)).rounded(torch.bfloat16, DEVICE)
+    inputs = make(case_of(mixer, 64, 64, layout=layout, tokens=4200 if layout == "dense" else 300)).rounded(torch.bfloat16, DEVICE)
     leaves = {name: x.requires_grad_() for name, x in inputs.leaves.items()}
     arguments = inputs._replace(leaves=leaves).arguments()
     results = kernel(**arguments)
