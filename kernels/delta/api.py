@@ -153,8 +153,7 @@ def _check_ranked(q: Tensor, v: Tensor, g: Tensor | None, b: Tensor | None, w: T
     expected = [*v.shape[:2], v.shape[-2], 1]
     if list(own.shape) != expected:
         raise ValueError(f"delta_rule: own must have shape [B, T, HV, 1] = {expected}, got {list(own.shape)}")
-    if own.dtype not in (v.dtype, reference.accumulator_dtype(v)):
-        raise TypeError(f"delta_rule: own must be {v.dtype} or {reference.accumulator_dtype(v)}, got {own.dtype}")
+    _check_gate("delta_rule", "own", own, v)
     if own.device != q.device:
         raise ValueError(f"delta_rule: own is on {own.device}, q on {q.device}")
 
@@ -169,11 +168,17 @@ def _check_dtypes(op: str, q: Tensor, k: Tensor, v: Tensor, g: Tensor | None, b:
     if g is not None and g.dtype != accumulator:
         raise TypeError(f"{op}: g must be {accumulator} for {dtype} values, got {g.dtype}")
     for name, x in (("b", b), ("w", w)):
-        if x is not None and x.dtype != dtype and x.dtype != accumulator:
-            raise TypeError(f"{op}: {name} must be {' or '.join(dict.fromkeys(map(str, (dtype, accumulator))))}, got {x.dtype}")
+        if x is not None:
+            _check_gate(op, name, x, v)
     for name, x in (("k", k), ("v", v), ("g", g), ("b", b), ("w", w)):
         if x is not None and x.device != device:
             raise ValueError(f"{op}: {name} is on {x.device}, q on {device}")
+
+
+def _check_gate(op: str, name: str, x: Tensor, v: Tensor) -> None:
+    legal = dict.fromkeys((v.dtype, reference.accumulator_dtype(v)))
+    if x.dtype not in legal:
+        raise TypeError(f"{op}: {name} must be {' or '.join(map(str, legal))}, got {x.dtype}")
 
 
 def _check_state(op: str, state: Tensor, sequences: int, k: Tensor, v: Tensor) -> None:
