@@ -7,7 +7,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-CACHES = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
+CACHES = (torch.float64, torch.float32, torch.float16, torch.bfloat16)  # what the ops compute with
 
 
 def zero_state(like: Tensor, shape: tuple[int, ...], device: torch.device | str | None, dtype: torch.dtype | None) -> Tensor:

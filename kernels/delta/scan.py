@@ -59,7 +59,7 @@ class Segments(NamedTuple):
 
 
 def segments_of(problem: Problem) -> Segments:
-    """One segment for packed sequences, whose lengths only the device knows, and where there are programs enough."""
+    """By shapes alone; one segment for packed sequences, whose lengths only the device knows."""
     chunks = problem.lengths["per_sequence"]
     if problem.settings["PACKED"]:
         return Segments(1, chunks)
