@@ -1,5 +1,5 @@
-"""Launches without erase and with at most one decay a head (README.md, section 7): one each way, two for few long sequences. Shapes as in
-`forward.py`."""
+"""Launches without erase and with at most one decay a head (README.md, section 7): one each way, two backwards where heads share keys, and one more
+for few long sequences. Shapes as in `forward.py`."""
 
 from __future__ import annotations
 
@@ -11,10 +11,12 @@ from torch import Tensor
 
 from kernels.delta.backward import sum_heads
 from kernels.delta.forward import Problem, as_rows, make_problem
+from kernels.delta.tiles import AT_ONCE
 
 # Sequences of at least LONG chunks are divided where there are at most FEW states (sequences times value heads), so that there are some MANY, into
 # segments of at least LEAST chunks.
 LONG, FEW, MANY, LEAST = 64, 576, 2304, 8
+SHARED = 2  # value heads of one key, from which on their gradients are summed by a launch that has them all
 INPUTS = ("S_Q", "S_K", "S_V", "S_G", "S_W", "H", "HV", "HG", "K", "V", "C", "G", "W", "PACKED", "EXACT", "PRECISION")
 
 
@@ -100,6 +102,11 @@ class Weights(NamedTuple):
     own: Tensor  # q, which is never read, where there is none
     settings: dict[str, int]
 
+    @property
+    def plain(self) -> bool:
+        """Whether a token has one row, and its own outputs no weight of their own."""
+        return self.settings["R"] == 1 and not self.settings["OWN"]
+
 
 def _problem(
     q: Tensor, k: Tensor, v: Tensor, g: Tensor | None, w: Tensor | None, own: Tensor | None, cu_seqlens: Tensor | None, ranks: int
@@ -114,14 +121,24 @@ def backward(
     inputs: dict[str, Any], kept: list[Tensor], scale: float, cu_seqlens: Tensor | None, ranks: int, do: Tensor, dfinal: Tensor
 ) -> list[Tensor]:
     """As `backward.launch`; `kept` are the states. What nobody else holds is freed before the gradients of shared heads are summed."""
-    from kernels.delta._triton.dscan import dscan_kernel
-
     del inputs["b"]
     problem, weights = _problem(**inputs, cu_seqlens=cu_seqlens, ranks=ranks)
     wanted = {"d" + name: (x.shape, x.dtype) for name, x in inputs.items() if x is not None}
     inputs.clear()
-    x, s, (k_dim, v_dim) = problem.inputs, problem.settings, problem.sizes
-    do = as_rows(do)
+    dinitial = dfinal.new_empty(dfinal.shape)  # in the order of its axes, whatever the order of dfinal's
+    launch = _by_chunks if by_chunks(problem, weights) else _in_one
+    made = launch(problem, weights, kept, scale, as_rows(do), dfinal.contiguous(), dinitial)
+    kept.clear()
+    problem.inputs.clear()
+    del weights
+    return [*(sum_heads(made.pop(name), *wanted[name]) for name in wanted), dinitial]
+
+
+def _in_one(problem: Problem, weights: Weights, kept: list[Tensor], scale: float, do: Tensor, dfinal: Tensor, dinitial: Tensor) -> dict[str, Tensor]:
+    """Gradients by name, one row a value head and block of value columns; and that of the initial state."""
+    from kernels.delta._triton.dscan import dscan_kernel
+
+    x, s, (k_dim, v_dim), ranks = problem.inputs, problem.settings, problem.sizes, weights.settings["R"]
     options = problem.options("dscan")
     parts = v_dim // options["BV"]
     by_token = problem._replace(rows=problem.rows // ranks)
@@ -134,16 +151,55 @@ def backward(
     if weights.settings["OWN"]:
         dtype = torch.float32 if parts > 1 else weights.own.dtype
         made["down"] = weights.own.new_empty(by_token.rows, problem.v_heads * parts, 1, dtype=dtype)
-    dinitial = dfinal.new_empty(dfinal.shape)  # in the order of its axes, whatever the order of dfinal's
     out = [made.get(name, dinitial) for name in ("dq", "dk", "dv", "dg", "dw", "down")]
     segments = segments_of(problem)
     local = between(problem, segments, x["q"], do, scale, ranks, dinitial, back=True)
     dscan_kernel[(problem.sequences * segments.number * problem.v_heads * parts,)](
-        x["q"], x["k"], x["v"], x["g"], x["w"], weights.own, *kept, do, dfinal.contiguous(), *local, *problem.chunks, *out, dinitial, scale,
+        x["q"], x["k"], x["v"], x["g"], x["w"], weights.own, *kept, do, dfinal, *local, *problem.chunks, *out, dinitial, scale,
         **problem.lengths, **segments.arguments, **weights.settings, S_O=do.stride(1), **problem.only(*INPUTS), **options,
     )  # fmt: skip
-    out.clear()
-    kept.clear()
-    x.clear()
-    del weights
-    return [*(sum_heads(made.pop(name), *wanted[name]) for name in wanted), dinitial]
+    return made
+
+
+def by_chunks(problem: Problem, weights: Weights) -> bool:
+    """Whether the backward pass is in two halves, of which the second, `_gluon/dchunks.py`, sums over the heads that share queries and keys."""
+    s = problem.settings
+    sizes = s["V"] == 64 and s["K"] in (64, 128)
+    return problem.hopper and sizes and s["G"] == 1 and s["W"] != 2 and s["HV"] >= SHARED * s["H"] and weights.plain
+
+
+def _by_chunks(
+    problem: Problem, weights: Weights, kept: list[Tensor], scale: float, do: Tensor, dfinal: Tensor, dinitial: Tensor
+) -> dict[str, Tensor]:
+    """Gradients by name, those of queries and keys one row a group of value heads; and that of the initial state."""
+    from kernels.delta._gluon.dchunks import dchunks_kernel
+    from kernels.delta._triton.dstates import dstates_kernel
+
+    assert weights.plain
+    x, s, heads, (k_dim, v_dim) = problem.inputs, problem.settings, problem.v_heads, problem.sizes
+    segments = segments_of(problem)
+    local = between(problem, segments, x["q"], do, scale, 1, dinitial, back=True)
+    dS, numbers = torch.empty_like(kept[0]), dinitial.new_empty(problem.n_chunks, heads, 4, s["C"])
+    options = problem.options("dstates_hopper")
+    dstates_kernel[(problem.sequences * segments.number * heads * (v_dim // options["BV"]),)](
+        x["q"], x["g"], x["w"], do, dfinal, *local, *problem.chunks, dS, numbers, dinitial, scale, **problem.lengths, **segments.arguments,
+        S_O=do.stride(1), **problem.only("S_Q", "S_G", "S_W", "H", "HV", "HG", "K", "V", "C", "W", "PACKED"), **options,
+    )  # fmt: skip
+    groups = how_many_groups(problem.n_chunks * s["H"], heads // s["H"])
+    made = {"dv": problem.gradient("v", v_dim), "dg": problem.gradient("g", 1, torch.float32)}
+    for name in ("dq", "dk"):  # in float32 for one group too: another dtype would be another kernel
+        made[name] = dinitial.new_empty(problem.rows, s["H"] * groups, k_dim)
+    if s["W"]:
+        made["dw"] = problem.gradient("w", 1)
+    options = problem.options("dchunks_hopper")
+    dchunks_kernel[(problem.n_chunks * s["H"] * groups,)](
+        x["q"], x["k"], x["v"], *kept, do, dS, numbers, *problem.chunks, *(made.get("d" + name, dS) for name in "qkvgw"), scale,
+        **problem.numbers, groups=groups, S_O=do.stride(1), STAGES=options["num_stages"],
+        **problem.only("S_Q", "S_K", "S_V", "H", "HV", "K", "V", "C", "W", "PACKED"), **options,
+    )  # fmt: skip
+    return made
+
+
+def how_many_groups(programs: int, heads: int) -> int:
+    """Into how many groups the heads that share a key are divided, where there are so many programs with one: of four heads or more."""
+    return max(1, min(AT_ONCE // programs, heads // 4))

@@ -31,6 +31,8 @@ _SAFE = {
     "state_hopper": Tile(4, 3, {"BV": 32}),
     "state_transposed_hopper": Tile(4, 3, {"BV": 64}),
     "dstate_hopper": Tile(4, 3, {"BV": 32}),
+    "dstates_hopper": Tile(4, 3, {"BV": 64}),
+    "dchunks_hopper": Tile(8, 2),
 }
 _H100_HALF = Key("sm_90", 2, 128)
 _H100_HALF_64 = Key("sm_90", 2, 64)
@@ -44,6 +46,8 @@ _TUNED = {
     "dstate_hopper": {_H100_HALF: Tile(4, 3, {"BV": 16})},
     "dvalues": {_H100_HALF: Tile(4, 1, {"BV": 128})},
     "dscores_hopper": {_H100_HALF: Tile(8, 1, {"BK": 64, "BV": 128})},
+    "dstates_hopper": {_H100_HALF_64: Tile(4, 3, {"BV": 64}), _H100_HALF: Tile(4, 3, {"BV": 64})},
+    "dchunks_hopper": {_H100_HALF_64: Tile(8, 2), _H100_HALF: Tile(8, 2)},
 }
 TILES = TileTable("delta_rule", _SAFE, _TUNED)
 

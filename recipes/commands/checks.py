@@ -84,9 +84,14 @@ def _packed(n: int, v: int | None = None, *, mixer: str) -> Problem:
     return problems.delta_rule(mixer, _small(n, v, 2), Draw(seed=1), packed=True)
 
 
-def _long(n: int, v: int | None = None, *, mixer: str) -> Problem:
+def _shared(n: int, v: int | None = None, *, packed: bool) -> Problem:
+    """Nine value heads a key, as wide as Mamba-2's: on Hopper the backward pass has kernels of its own for them."""
+    return problems.delta_rule("mamba2", _small(n, v or 64, 9), Draw(seed=8), extreme=True, packed=packed, state=True)
+
+
+def _long(n: int, v: int | None = None, *, mixer: str, groups: int = 1) -> Problem:
     """Few programs in the serial passes, and many chunks."""
-    return _remembered(problems.delta_rule(mixer, Shape(1, LONG, 1, n, v or n), Draw(seed=2)))
+    return _remembered(problems.delta_rule(mixer, Shape(1, LONG, 1, n, v or (n if groups == 1 else 64), groups), Draw(seed=2)))
 
 
 def _long_own(n: int, v: int | None = None, *, ranks: int) -> Problem:
@@ -144,6 +149,11 @@ def _table() -> Iterator[Check]:
         yield Check(f"{mixer}, one long sequence", "delta_rule", partial(_long, mixer=mixer), mixer=mixer, of_heads=True)
     for mixer in ("gdn2", "gla", "mamba2"):
         yield Check(f"{mixer}, K and V unequal", "delta_rule", partial(_unequal, mixer=mixer), MOST_SIZES, mixer)
+    for packed in (False, True):
+        name = "mamba2, heads that share keys" + ", packed" * packed
+        yield Check(name, "delta_rule", partial(_shared, packed=packed), MOST_SIZES, "mamba2", of_heads=True)
+    make = partial(_long, mixer="mamba2", groups=4)
+    yield Check("mamba2, heads that share keys, one long sequence", "delta_rule", make, mixer="mamba2", of_heads=True)
     yield Check("mamba2, K and V unequal, packed", "delta_rule", partial(_unequal, mixer="mamba2", packed=True), MOST_SIZES, "mamba2")
     yield Check("gdn2, one token", "delta_rule_step", lambda n: problems.delta_rule_step("gdn2", _small(n), Draw(), extreme=True), HEAD_SIZES)
     for batch in (8, 72):  # of 16 heads: the kernel's blocks depend on how many states there are
