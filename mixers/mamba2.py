@@ -32,7 +32,7 @@ MAMBA_SSM = {  # the parameters of mamba_ssm.modules.mamba2.Mamba2, each of one 
     "out_proj.weight": "out_proj.weight",
 }
 # What backend "auto" is on a GPU with mamba-ssm, by the largest d_state of a class; tests/test_mamba_auto.py holds it against docs/benchmarks
-AUTO: dict[int, Resolved] = {64: "delta", 128: "mamba_ssm"}
+AUTO: dict[int, Resolved] = {64: "delta", 128: "delta"}
 
 
 @final

@@ -175,6 +175,11 @@ def test_the_page_shows_the_newest_rows_and_a_plot(tmp_path: Path) -> None:
     assert lines == {"gdn2, ours": [(1024, 2.0), (65536, 1.5)], "attention, torch sdpa": [(1024, 9.0), (65536, 9.0)]}
 
 
+def test_heads_of_other_values_have_a_plot_of_their_own(tmp_path: Path) -> None:
+    rows = [row_of("ssd", "ours", 65536 // n, n, 2.0, dv=dv) for n in (1024, 65536) for dv in (64, 128)]
+    assert [path.name for path in bench_plot.plots(rows, tmp_path / "a.png")] == ["a_16x128x64.png", "a_16x128.png"]
+
+
 def test_no_plot_of_one_length(tmp_path: Path) -> None:
     assert not bench_plot.draw([row_of("gdn2", "ours", 8, 2048, 3.0)], tmp_path / "a.png")
     assert not bench_plot.draw([], tmp_path / "a.png")

@@ -46,7 +46,7 @@ def run(argv: list[str]) -> int:
 
 def measure(group: Group, shape: Shape, clock: Clock, machine: bench_rows.Machine, given: Namespace) -> bool:
     """Proves, times and writes down a group. False if ours is wrong: then there is no figure."""
-    size = f"{shape.dk}" if shape.dk == shape.dv else f"{shape.dk} x {shape.dv}"
+    size = bench_rows.size_of(shape.dk, shape.dv)
     title = f"{group.entries[0].what}, {shape.batch} x {shape.tokens:,} tokens, {shape.heads} heads of {size}, {given.dtype}"
     try:
         usable, errors = prove(group, dtype_of(given.dtype), show_all=given.errors)

@@ -143,11 +143,11 @@ def trainings_table(rows: Iterable[Training]) -> str:
 
 def plots(rows: Iterable[Row], path: Path) -> list[Path]:
     """Plots of what depends on the length of a sequence, one for each number and size of heads, named after `path`."""
-    sizes: dict[tuple[int, int], list[Row]] = defaultdict(list)
+    sizes: dict[tuple[int, int, int], list[Row]] = defaultdict(list)
     for row in rows:
         if row.what in RECURRENCES:
-            sizes[row.heads, row.dk].append(row)
-    files = {path.with_stem(f"{path.stem}_{heads}x{dk}"): its for (heads, dk), its in sorted(sizes.items())}
+            sizes[row.heads, row.dk, row.dv].append(row)
+    files = {path.with_stem(f"{path.stem}_{heads}x{bench_rows.size_of(dk, dv, 'x')}"): its for (heads, dk, dv), its in sorted(sizes.items())}
     return [file for file, its in files.items() if draw(its, file)]
 
 
@@ -181,11 +181,13 @@ def draw(rows: list[Row], path: Path) -> bool:
     axes.set_yscale("log", base=2)
     lengths = sorted({tokens for points in lines.values() for tokens, _ in points})
     axes.set_xticks(lengths, [f"{tokens // 1024}K" if tokens % 1024 == 0 else f"{tokens:,}" for tokens in lengths])
-    axes.yaxis.set_major_locator(LogLocator(base=2, subs=(1, 1.5)))  # powers of two alone may be one tick, or none
+    times = [ms for points in lines.values() for _, ms in points]
+    subs = (1, 1.5) if max(times) > 3 * min(times) else (1, 1.25, 1.5, 1.75)  # powers of two alone may be one tick, or none
+    axes.yaxis.set_major_locator(LogLocator(base=2, subs=subs))
     axes.yaxis.set_major_formatter(FuncFormatter(lambda ms, _: f"{ms:g}"))
     for axis in (axes.xaxis, axes.yaxis):
         axis.set_minor_formatter(NullFormatter())
-    title = f"{rows[0].gpu}, {rows[0].heads} heads of {rows[0].dk}"
+    title = f"{rows[0].gpu}, {rows[0].heads} heads of {bench_rows.size_of(rows[0].dk, rows[0].dv)}"
     axes.set(xlabel=f"tokens in a sequence, {total:,} in all", ylabel="forward + backward, ms", title=title)
     axes.grid(alpha=0.3, which="both")
     axes.legend(fontsize=8, loc="center left", bbox_to_anchor=(1, 0.5))

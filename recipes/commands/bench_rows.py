@@ -104,6 +104,11 @@ def slug(gpu: str) -> str:
     return re.sub(r"[^a-z0-9]+", "_", gpu.lower().replace("nvidia", "")).strip("_")
 
 
+def size_of(dk: int, dv: int, between: str = " x ") -> str:
+    """The size of a head for a title or a file's name: one number where keys and values have the same."""
+    return f"{dk}" if dk == dv else f"{dk}{between}{dv}"
+
+
 def append(folder: Path, kind: str, rows: Iterable[Any]) -> Path | None:
     """Adds rows, NamedTuples of one class that end as `Machine`, to the file of their kind and GPU; None if there are none.
 
