@@ -21,6 +21,7 @@ from torch import Tensor
 from kernels import delta_rule
 from kernels.delta.reference import chunkwise, recurrent
 from recipes.commands import problems
+from recipes.commands.problems import Problem
 
 BACKEND = "triton"
 kernel: Callable[..., tuple[Tensor, Tensor]] = partial(delta_rule, backend=BACKEND)
@@ -57,6 +58,25 @@ def case_of(model: str, k_dim: int, v_dim: int, **settings: Any) -> Case:
     plain: dict[str, Any] = {"g_heads": "key", "b_heads": "key", "groups": 1, "tokens": 130, "layout": "dense", "state": True, "scale": None}
     plain |= {"storage": "contiguous", "decay": "mixed", "heads": 2 if ON_GPU else 1, "batch": 1}
     return Case(g=g, b=b, w=w, sizes=(k_dim, v_dim), **(plain | settings))
+
+
+# --- problems of `doctor`'s kind ---
+
+
+def run_problem(problem: Problem, function: Callable[..., Any] = kernel, dtype: torch.dtype | None = None, device: Any = DEVICE) -> dict[str, Tensor]:
+    """Results and gradients, in the dtype of its queries if in no other."""
+    there = problem.to(dtype or problem.leaves["q"].dtype, device)
+    return problems.run(there, partial(function, **there.options))
+
+
+def other_after(problem: Problem, position: int) -> tuple[Problem, Problem]:
+    """A problem whose outputs from `position` on have no gradient, and the same with inputs a thousand times as large from there on."""
+    cotangents = {"o": problem.cotangents["o"].clone(), "final": torch.zeros_like(problem.cotangents["final"])}
+    cotangents["o"][:, position:] = 0
+    leaves = {name: x.clone() for name, x in problem.leaves.items()}
+    for x in leaves.values():
+        x[:, position:] *= 1000
+    return problem._replace(cotangents=cotangents), problem._replace(leaves=leaves, cotangents=cotangents)
 
 
 # --- comparison ---

@@ -8,9 +8,9 @@ from typing import Any
 
 import pytest
 import torch
-from delta_triton_cases import TOLERANCE, compilations, kernel
+from delta_triton_cases import TOLERANCE, compilations, kernel, other_after
+from delta_triton_cases import run_problem as run
 from gpu_cases import DEVICE, ON_GPU
-from torch import Tensor
 
 from kernels import delta_rule, tiles
 from kernels.delta import scan
@@ -22,7 +22,6 @@ pytestmark = [pytest.mark.gpu, pytest.mark.usefixtures("poison")]
 
 HOPPER = ON_GPU and tiles.architecture(torch.device("cuda")) == "sm_90"
 HALVES = (torch.bfloat16, torch.float16)
-Results = dict[str, Tensor]
 
 
 @pytest.fixture
@@ -82,11 +81,6 @@ CASES: dict[str, Callable[[int], Problem]] = {
 }
 
 
-def run(problem: Problem, function: Callable[..., Any] = kernel, dtype: torch.dtype | None = None, device: torch.device | str = DEVICE) -> Results:
-    there = problem.to(dtype or problem.leaves["q"].dtype, device)
-    return problems.run(there, partial(function, **there.options))
-
-
 @pytest.mark.parametrize("dtype", HALVES)
 @pytest.mark.parametrize("k", [64, 128])
 @pytest.mark.parametrize("name", CASES)
@@ -120,13 +114,7 @@ def test_causality(k: int, groups: int, halved: list[bool]) -> None:
     """To the bit: outputs and gradients of the past do not depend on what follows, with decays of -5000 among it; later ones get exact zeros."""
     problem = make(k, groups=groups, heads=1, without=("state",)).to(torch.bfloat16, DEVICE)
     for position in (1, 63, 64, 65, 129):
-        cotangents = {"o": problem.cotangents["o"].clone(), "final": torch.zeros_like(problem.cotangents["final"])}
-        cotangents["o"][:, position:] = 0
-        leaves = {name: x.clone() for name, x in problem.leaves.items()}
-        for x in leaves.values():
-            x[:, position:] *= 1000
-        before = run(problem._replace(cotangents=cotangents))
-        after = run(problem._replace(leaves=leaves, cotangents=cotangents))
+        before, after = (run(one) for one in other_after(problem, position))
         for name in before.keys() - {"final"}:
             assert torch.equal(after[name][:, :position], before[name][:, :position]), (position, name)
             assert name == "o" or not after[name][:, position:].any(), (position, name)

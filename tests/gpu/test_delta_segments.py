@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from functools import partial
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
-from delta_triton_cases import LOW, TOLERANCE, kernel
+from delta_triton_cases import LOW, TOLERANCE, other_after
+from delta_triton_cases import run_problem as run
 from gpu_cases import DEVICE, ON_GPU
-from torch import Tensor
 
 from kernels import delta_rule
 from kernels.delta import scan
@@ -24,7 +24,6 @@ pytestmark = pytest.mark.usefixtures("poison")
 
 SIZE = 64 if ON_GPU else 16
 SINGLE = torch.float32
-Results = dict[str, Tensor]
 
 
 @pytest.fixture
@@ -81,11 +80,6 @@ if ON_GPU:
     }
 
 
-def run(problem: Problem, function: Callable[..., Any] = kernel, dtype: torch.dtype | None = None, device: torch.device | str = DEVICE) -> Results:
-    there = problem.to(dtype or problem.leaves["q"].dtype, device)
-    return problems.run(there, partial(function, **there.options))
-
-
 @pytest.mark.parametrize("name", CASES)
 def test_agrees_with_float64(name: str, divided: list[int]) -> None:
     problem, dtype = CASES[name]
@@ -101,13 +95,7 @@ def test_causality(ranks: int, divided: list[int]) -> None:
     """To the bit: outputs and gradients of the past do not depend on what follows, inside of a segment and at its border, nor on decays of -5000."""
     problem = make(40 if ranks else 150, ranks=ranks, without=("state",)).to(SINGLE, DEVICE)
     for position in (1, 16, 17, 33) if ranks else (1, 64, 65, 129):
-        cotangents = {"o": problem.cotangents["o"].clone(), "final": torch.zeros_like(problem.cotangents["final"])}
-        cotangents["o"][:, position:] = 0
-        leaves = {name: x.clone() for name, x in problem.leaves.items()}
-        for x in leaves.values():
-            x[:, position:] *= 1000
-        before = run(problem._replace(cotangents=cotangents))
-        after = run(problem._replace(leaves=leaves, cotangents=cotangents))
+        before, after = (run(one) for one in other_after(problem, position))
         for name in before.keys() - {"final"}:
             assert torch.equal(after[name][:, :position], before[name][:, :position]), (position, name)
     assert set(divided) == {3}
