@@ -81,6 +81,10 @@ def test_where_rows_go_is_looked_at_first(what: str, tmp_path: Path, monkeypatch
     assert main(["bench", what, "--out", str(tmp_path / "new" / "rows"), "--commit", "v0.2-3-gabc-dirty"]) == 2
     assert "bench: needs a GPU" in capsys.readouterr().err
     assert [file.name for file in tmp_path.iterdir()] == ["file"]
+    table = tmp_path / f"{'training' if what == 'train' else what}_h100.csv"
+    table.write_text("a,b\n1,2\n")
+    assert main(["bench", what, "--out", str(tmp_path)]) == 2
+    assert f"error: out: {table}, line 1: has other columns than " in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("what", ["op", "layer", "decode", "train", "tune", "plot"])
@@ -92,7 +96,7 @@ def test_help(what: str, capsys: pytest.CaptureFixture[str]) -> None:
 
 
 def test_an_op_on_its_reference_is_not_timed(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-    monkeypatch.setattr(bench_ops, "prepare", lambda _: MACHINE)
+    monkeypatch.setattr(bench_ops, "prepare", lambda *_: MACHINE)
     monkeypatch.setattr(bench_ops.backends, "TRITON_OPS", frozenset())
     assert main(["bench", "op"]) == 2
     assert "ops: delta runs on its plain-torch reference here" in capsys.readouterr().err
@@ -101,7 +105,7 @@ def test_an_op_on_its_reference_is_not_timed(monkeypatch: pytest.MonkeyPatch, ca
 def test_values_may_have_another_size(monkeypatch: pytest.MonkeyPatch) -> None:
     """As in Mamba-2: heads of 64 with a state of 128."""
     asked: list[problems.Shape] = []
-    monkeypatch.setattr(bench_ops, "prepare", lambda _: MACHINE)
+    monkeypatch.setattr(bench_ops, "prepare", lambda *_: MACHINE)
     monkeypatch.setattr(bench_ops.backends, "why_not", lambda *_: None)
     monkeypatch.setattr(bench_ops, "CudaClock", FakeClock)
     monkeypatch.setattr(bench_groups, "groups", lambda op, mixers, shape, *_: asked.append(shape) or [])  # noqa: ARG005

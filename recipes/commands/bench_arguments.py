@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from argparse import Namespace
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -80,27 +81,29 @@ def needs_gpu() -> None:
         raise ConfigError("bench: needs a GPU that torch can use, and there is none here: see python -m recipes doctor")
 
 
-def check_rows(given: Namespace) -> None:
-    """Sees to it that rows can be written where `out` says, whose `~` is resolved, before any is measured; nothing is left there.
+def check_rows(given: Namespace, kind: str, of: type[Any] = bench_rows.Row) -> None:
+    """Sees to it that rows of a kind can be written where `out` says, whose `~` is resolved, before any is measured; nothing is left there.
 
     Raises:
-        ConfigError: they cannot, or `commit` may not stand in them.
+        ConfigError: they cannot, tables of that kind have other columns there, or `commit` may not stand in them.
     """
     if given.commit is not None and not bench_rows.COMMIT.fits(given.commit):
         raise ConfigError(f"commit: must be {bench_rows.COMMIT.words}, got {bench_rows.shown(given.commit)}")
     given.out = given_path(given.out, "out")
     check_writable(given.out, "out")
+    for path in sorted(given.out.glob(f"{kind}_*.csv")):
+        bench_rows.check_columns(path, of._fields)
 
 
-def prepare(given: Namespace) -> bench_rows.Machine:
-    """Checks what is needed before the first figure; the end of every row.
+def prepare(given: Namespace, kind: str = "") -> bench_rows.Machine:
+    """Checks what is needed before the first figure, and rows of a kind; the end of every row.
 
     Raises:
         ConfigError: there is no GPU, the budget is no time, or rows cannot be written.
     """
     if not 0 < given.budget_ms < math.inf:
         raise ConfigError(f"budget_ms: must be > 0 and finite, got {given.budget_ms:g}")
-    if "out" in given:
-        check_rows(given)
+    if kind:
+        check_rows(given, kind)
     needs_gpu()
     return bench_rows.this_machine(getattr(given, "commit", None))

@@ -33,7 +33,7 @@ def run(argv: list[str]) -> int:
         raise unknown("mixer", "mixer", given.mixer, problems.WIDTHS)
     numbers_of(heads=given.heads, dim=given.dim)
     batches = _batches(given.batches)
-    machine = prepare(given)
+    machine = prepare(given, "decode")
     clock = CudaClock(ahead=False)
     for batch in batches:
         shape = Shape(batch, 1, given.heads, given.dim, given.dim)

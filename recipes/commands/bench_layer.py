@@ -31,7 +31,7 @@ def run(argv: list[str]) -> int:
     layers = {name: build(name, given.d_model, settings_of(given.mixers)) for name in given.layout.split(",") if name}
     if not layers:
         raise ConfigError("layout: must name at least one mixer")
-    machine = prepare(given)
+    machine = prepare(given, "layer")
     clock, wrong = CudaClock(), 0
     for batch, tokens in shapes:
         x = torch.randn(batch, tokens, given.d_model, device="cuda", generator=torch.Generator("cuda").manual_seed(0))

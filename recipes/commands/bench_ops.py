@@ -31,7 +31,7 @@ def run(argv: list[str]) -> int:
     mixers = _names("mixers", given.mixers, problems.WIDTHS)
     shapes = problem_shapes(given)
     dtype, baselines = dtype_of(given.dtype), check_baselines(given.baseline)
-    machine = prepare(given)
+    machine = prepare(given, "op")
     for op in ops:
         if why := backends.why_not(bench_groups.OPS[op], torch.device("cuda")):
             raise ConfigError(f"ops: {op} runs on its plain-torch reference here, which is not to be timed: {why}")

@@ -121,9 +121,8 @@ def append(folder: Path, kind: str, rows: Iterable[Any]) -> Path | None:
     path, columns = folder / f"{kind}_{slug(rows[0].gpu)}.csv", rows[0]._fields
     try:
         folder.mkdir(parents=True, exist_ok=True)
+        check_columns(path, columns)
         text = path.read_text(encoding="utf-8", errors=DAMAGED) if path.exists() else ""
-        if text:
-            _check_columns(path, text.partition("\n")[0], columns)
         with path.open("a", newline="", encoding="utf-8") as file:
             if text and not text.endswith("\n"):  # its last row was cut: a full disk, a process that was killed
                 file.write("\n")
@@ -146,19 +145,26 @@ def read(folder: Path, kind: str, of: type[Any] = Row) -> list[Any]:
 
 def _rows_of(path: Path, of: type[Any]) -> Iterator[Any]:
     columns = get_type_hints(of, include_extras=True)
+    check_columns(path, tuple(columns))
     try:
         with path.open(encoding="utf-8", errors=DAMAGED) as file:
             for number, line in enumerate(file, 1):
-                if number == 1:
-                    _check_columns(path, line.rstrip("\n"), tuple(columns))
-                elif line.strip():
+                if number > 1 and line.strip():
                     yield of(*_values(f"{path}, line {number}", line, columns))
     except OSError as error:
         raise ConfigError(f"out: {path} cannot be read: {error.strerror}") from error
 
 
-def _check_columns(path: Path, first_line: str, columns: tuple[str, ...]) -> None:
-    if first_line != ",".join(columns):
+def check_columns(path: Path, columns: tuple[str, ...]) -> None:
+    """ConfigError for a file of rows that has other columns or cannot be read; one that is empty, or not there, may have any."""
+    try:
+        with path.open(encoding="utf-8", errors=DAMAGED) as file:
+            first_line = file.readline()
+    except FileNotFoundError:
+        return
+    except OSError as error:
+        raise ConfigError(f"out: {path} cannot be read: {error.strerror}") from error
+    if first_line and first_line.rstrip("\n") != ",".join(columns):
         raise ConfigError(f"out: {path}, line 1: has other columns than {', '.join(columns)}")
 
 

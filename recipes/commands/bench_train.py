@@ -72,7 +72,7 @@ def run(argv: list[str]) -> int:
     for recipe in recipes:
         for name in recipe.split("+"):
             find_config(name)
-    check_rows(given)
+    check_rows(given, TRAINING, Training)
     needs_gpu()
     machine, failed = bench_rows.this_machine(given.commit), 0
     for recipe in recipes:
