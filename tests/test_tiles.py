@@ -262,9 +262,13 @@ CHANGED = ("K", "V", "G", "B", "W", "PACKED", "BV", "BK", "SAVE", "INITIAL")
 
 
 def instances(found: Iterable[offline.Compilation]) -> set[tuple[Any, ...]]:
-    """Kernels, and the settings that change what they do."""
-    named = [(one.kernel.__module__, {one.kernel.arg_names[path[0]]: value for path, value in one.constants.items()}) for one in found]
-    return {(module, *(constants.get(name) for name in CHANGED)) for module, constants in named}
+    """Kernels, the settings that change what they do, and the dtypes of their gates."""
+
+    def described(one: offline.Compilation) -> tuple[Any, ...]:
+        constants = {one.kernel.arg_names[path[0]]: value for path, value in one.constants.items()}
+        return one.kernel.__module__, *(constants.get(name) for name in CHANGED), *(one.signature.get(name) for name in ("g", "b", "w"))
+
+    return set(map(described, found))
 
 
 @pytest.mark.parametrize("architecture", ["sm_90", "sm_80"])

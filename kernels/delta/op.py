@@ -75,12 +75,12 @@ def _forward(
 
 
 def scans(q: Tensor, v: Tensor, g: Tensor | None, b: Tensor | None) -> bool:
-    """Whether each pass is one launch (`scan.py`): without erase nothing of a chunk needs to be solved for before the serial pass."""
+    """Whether the launches are those of `scan.py`: without erase nothing of a chunk needs to be solved for before the serial pass."""
     return b is None and (g is None or g.shape[-1] == 1) and max(q.shape[-1], v.shape[-1]) <= MAX_SCAN
 
 
 def _kept(q: Tensor, v: Tensor, g: Tensor | None, b: Tensor | None) -> tuple[str, ...]:
-    """Which of `KEPT` there are: all that one launch leaves are the states; without erase there is neither A nor Y."""
+    """Which of `KEPT` there are: all that `scan.py` leaves are the states; without erase there is neither A nor Y."""
     return KEPT[-1:] if scans(q, v, g, b) else tuple(name for name in KEPT if b is not None or name not in "AY")
 
 

@@ -173,20 +173,12 @@ def _by_chunks(
 ) -> dict[str, Tensor]:
     """Gradients by name, those of queries and keys one row a group of value heads; and that of the initial state."""
     from kernels.delta._gluon.dchunks import dchunks_kernel
-    from kernels.delta._triton.dstates import dstates_kernel
 
     assert weights.plain
-    x, s, heads, (k_dim, v_dim) = problem.inputs, problem.settings, problem.v_heads, problem.sizes
-    segments = segments_of(problem)
-    local = between(problem, segments, x["q"], do, scale, 1, dinitial, back=True)
-    dS, numbers = torch.empty_like(kept[0]), dinitial.new_empty(problem.n_chunks, heads, 4, s["C"])
-    options = problem.options("dstates_hopper")
-    dstates_kernel[(problem.sequences * segments.number * heads * (v_dim // options["BV"]),)](
-        x["q"], x["g"], x["w"], do, dfinal, *local, *problem.chunks, dS, numbers, dinitial, scale, **problem.lengths, **segments.arguments,
-        S_O=do.stride(1), **problem.only("S_Q", "S_G", "S_W", "H", "HV", "HG", "K", "V", "C", "W", "PACKED"), **options,
-    )  # fmt: skip
-    groups = how_many_groups(problem.n_chunks * s["H"], heads // s["H"])
-    made = {"dv": problem.gradient("v", v_dim), "dg": problem.gradient("g", 1, torch.float32)}
+    x, s, k_dim = problem.inputs, problem.settings, problem.sizes[0]
+    dS, numbers = state_gradients(problem, scale, do, dfinal, dinitial)
+    groups = how_many_groups(problem.n_chunks * s["H"], s["HV"] // s["H"])
+    made = {"dv": problem.gradient("v", s["V"]), "dg": problem.gradient("g", 1, torch.float32)}
     for name in ("dq", "dk"):  # in float32 for one group too: another dtype would be another kernel
         made[name] = dinitial.new_empty(problem.rows, s["H"] * groups, k_dim)
     if s["W"]:
@@ -198,6 +190,24 @@ def _by_chunks(
         **problem.only("S_Q", "S_K", "S_V", "H", "HV", "K", "V", "C", "W", "PACKED"), **options,
     )  # fmt: skip
     return made
+
+
+def state_gradients(problem: Problem, scale: float, do: Tensor, dfinal: Tensor, dinitial: Tensor) -> tuple[Tensor, Tensor]:
+    """The gradients of the states behind the chunks [n, HV, K, V] and the numbers of their rows [n, HV, 4, C], see `_triton/dstates.py`; and that of
+    the initial state."""
+    from kernels.delta._triton.dstates import NUMBERS, dstates_kernel
+
+    x, s, heads, (k_dim, v_dim) = problem.inputs, problem.settings, problem.v_heads, problem.sizes
+    segments = segments_of(problem)
+    local = between(problem, segments, x["q"], do, scale, 1, dinitial, back=True)
+    dS = do.new_empty(problem.n_chunks, heads, k_dim, v_dim)
+    numbers = dinitial.new_empty(problem.n_chunks, heads, NUMBERS.value, s["C"])
+    options = problem.options("dstates_hopper")
+    dstates_kernel[(problem.sequences * segments.number * heads * (v_dim // options["BV"]),)](
+        x["q"], x["g"], x["w"], do, dfinal, *local, *problem.chunks, dS, numbers, dinitial, scale, **problem.lengths, **segments.arguments,
+        S_O=do.stride(1), **problem.only("S_Q", "S_G", "S_W", "H", "HV", "HG", "K", "V", "C", "W", "PACKED"), **options,
+    )  # fmt: skip
+    return dS, numbers
 
 
 def how_many_groups(programs: int, heads: int) -> int:

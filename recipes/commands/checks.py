@@ -37,6 +37,7 @@ class Check(NamedTuple):
     sizes: tuple[int, ...] = FULL_SIZES
     mixer: str | None = None  # whose gate widths these are; None: of no one mixer
     of_heads: bool = False  # `make` takes the size of values too, so that a model's own heads can be tried
+    v_size: int | None = None  # of values, where it is not that of keys and queries
 
 
 class Trial(NamedTuple):
@@ -49,7 +50,7 @@ class Trial(NamedTuple):
 
     @property
     def label(self) -> str:
-        size = str(self.size) if self.v_size is None else f"{self.size} x {self.v_size}"
+        size = str(self.size) if self.v_size in (None, self.size) else f"{self.size} x {self.v_size}"
         return f"{self.check.op}: {self.check.name}, head size {size}, {str(self.dtype).removeprefix('torch.')}"
 
     def problem(self) -> Problem:
@@ -84,14 +85,14 @@ def _packed(n: int, v: int | None = None, *, mixer: str) -> Problem:
     return problems.delta_rule(mixer, _small(n, v, 2), Draw(seed=1), packed=True)
 
 
-def _shared(n: int, v: int | None = None, *, packed: bool) -> Problem:
+def _shared(n: int, v: int, *, packed: bool) -> Problem:
     """Nine value heads a key, as wide as Mamba-2's: on Hopper the backward pass has kernels of its own for them."""
-    return problems.delta_rule("mamba2", _small(n, v or 64, 9), Draw(seed=8), extreme=True, packed=packed, state=True)
+    return problems.delta_rule("mamba2", _small(n, v, 9), Draw(seed=8), extreme=True, packed=packed, state=True)
 
 
 def _long(n: int, v: int | None = None, *, mixer: str, groups: int = 1) -> Problem:
     """Few programs in the serial passes, and many chunks."""
-    return _remembered(problems.delta_rule(mixer, Shape(1, LONG, 1, n, v or (n if groups == 1 else 64), groups), Draw(seed=2)))
+    return _remembered(problems.delta_rule(mixer, Shape(1, LONG, 1, n, v or n, groups), Draw(seed=2)))
 
 
 def _long_own(n: int, v: int | None = None, *, ranks: int) -> Problem:
@@ -151,9 +152,9 @@ def _table() -> Iterator[Check]:
         yield Check(f"{mixer}, K and V unequal", "delta_rule", partial(_unequal, mixer=mixer), MOST_SIZES, mixer)
     for packed in (False, True):
         name = "mamba2, heads that share keys" + ", packed" * packed
-        yield Check(name, "delta_rule", partial(_shared, packed=packed), MOST_SIZES, "mamba2", of_heads=True)
+        yield Check(name, "delta_rule", partial(_shared, packed=packed), MOST_SIZES, "mamba2", of_heads=True, v_size=64)
     make = partial(_long, mixer="mamba2", groups=4)
-    yield Check("mamba2, heads that share keys, one long sequence", "delta_rule", make, mixer="mamba2", of_heads=True)
+    yield Check("mamba2, heads that share keys, one long sequence", "delta_rule", make, mixer="mamba2", of_heads=True, v_size=64)
     yield Check("mamba2, K and V unequal, packed", "delta_rule", partial(_unequal, mixer="mamba2", packed=True), MOST_SIZES, "mamba2")
     yield Check("gdn2, one token", "delta_rule_step", lambda n: problems.delta_rule_step("gdn2", _small(n), Draw(), extreme=True), HEAD_SIZES)
     for batch in (8, 72):  # of 16 heads: the kernel's blocks depend on how many states there are
@@ -209,10 +210,13 @@ def select(
     for check in of:
         exact = sorted(set((heads or {}).get(check.mixer or "", ()))) if check.op == "delta_rule" else []
         if check.of_heads:
-            trials += [Trial(check, k, dtype, None if v == k else v) for k, v in exact for dtype in wanted]
+            trials += [Trial(check, k, dtype, None if v == k and check.v_size is None else v) for k, v in exact for dtype in wanted]
         listed = [] if exact else [size for size in check.sizes if near is None or size in near or len(check.sizes) == 1]
         trials += [
-            Trial(check, size, dtype) for size in listed for dtype in wanted if len(wanted) == 1 or dtype != torch.float16 or size in FULL_SIZES
+            Trial(check, size, dtype, check.v_size)
+            for size in listed
+            for dtype in wanted
+            if len(wanted) == 1 or dtype != torch.float16 or size in FULL_SIZES
         ]
     return trials
 
@@ -266,4 +270,4 @@ def judge(trial: Trial, got: dict[str, Tensor], expected: dict[str, Tensor]) -> 
 
 def quick() -> list[Trial]:
     """Trials for a machine without a GPU: every check once, on the reference, with small heads."""
-    return [Trial(check, 16, torch.float32) for check in CHECKS if check.op in ops()]
+    return [Trial(check, 16, torch.float32, check.v_size and 16) for check in CHECKS if check.op in ops()]

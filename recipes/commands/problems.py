@@ -143,7 +143,9 @@ class Draw:
 
 
 def delta_rule(mixer: str, shape: Shape, draw: Draw, *, extreme: bool = False, packed: bool = False, state: bool = False) -> Problem:
-    """Keys and queries of length 1, gates of a mixer's widths. `packed`: DOCUMENTS in one row, in place of `shape`'s batch and tokens."""
+    """Keys and queries of length 1, gates of a mixer's widths. `packed`: DOCUMENTS in one row, in place of `shape`'s batch and tokens.
+
+    The write gate of Mamba-2 is its step size, which stays float32."""
     lead = (1, sum(DOCUMENTS)) if packed else (shape.batch, shape.tokens)
     sequences = len(DOCUMENTS) if packed else shape.batch
     leaves = _delta_inputs(mixer, lead, shape, draw, extreme)
@@ -152,7 +154,7 @@ def delta_rule(mixer: str, shape: Shape, draw: Draw, *, extreme: bool = False, p
         leaves["state"] = draw.normal(*final)
     options = {"cu_seqlens": torch.tensor([0, *DOCUMENTS], device=draw.device).cumsum(0).to(torch.int32)} if packed else {}
     cotangents = {"o": draw.cotangent(*lead, shape.v_heads, shape.dv), "final": draw.cotangent(*final)}
-    return Problem("delta_rule", leaves, options, cotangents, frozenset({"g", "state", "final"}))
+    return Problem("delta_rule", leaves, options, cotangents, frozenset({"g", "state", "final"} | ({"w"} if mixer == "mamba2" else set())))
 
 
 def ranked_delta_rule(shape: Shape, draw: Draw, *, ranks: int, packed: bool = False) -> Problem:
@@ -163,7 +165,7 @@ def ranked_delta_rule(shape: Shape, draw: Draw, *, ranks: int, packed: bool = Fa
     leaves = {name: F.normalize(draw.normal(*lead, shape.heads, shape.dk), dim=-1) for name in "qk"}
     leaves |= {"v": draw.normal(*lead, shape.v_heads, shape.dv), "own": draw.uniform(*q.shape[:2], shape.v_heads, 1)}
     cotangents = {**problem.cotangents, "o": draw.cotangent(*lead, shape.v_heads, shape.dv)}
-    return problem._replace(leaves={**problem.leaves, **leaves}, cotangents=cotangents, wide=problem.wide | {"w", "own"})
+    return problem._replace(leaves={**problem.leaves, **leaves}, cotangents=cotangents, wide=problem.wide | {"own"})
 
 
 def delta_rule_step(mixer: str, shape: Shape, draw: Draw, *, extreme: bool = False) -> Problem:

@@ -74,6 +74,7 @@ CASES: dict[str, Callable[[int], Problem]] = {
     "many heads": partial(make, groups=72, heads=1, batch=1),
     "extreme gates": partial(make, tokens=200, extreme=True),
     "slow decays": partial(make, tokens=700, decay=0.05),
+    "a write gate in 16 bits": lambda k: make(k)._replace(wide=frozenset({"g", "state", "final"})),
     "no write gate, no state": partial(make, without=("w", "state")),
     "documents": partial(make, packed=True),
     "documents, extreme gates": partial(make, groups=9, packed=True, extreme=True),
@@ -81,13 +82,17 @@ CASES: dict[str, Callable[[int], Problem]] = {
 }
 
 
+def agrees(problem: Problem, dtype: torch.dtype) -> None:
+    rounded = problem.to(dtype)
+    errors = problems.errors(run(rounded), run(rounded, recurrent, torch.float64, "cpu"))
+    assert max(errors.values()) <= TOLERANCE[dtype], errors
+
+
 @pytest.mark.parametrize("dtype", HALVES)
 @pytest.mark.parametrize("k", [64, 128])
 @pytest.mark.parametrize("name", CASES)
 def test_agrees_with_float64(name: str, k: int, dtype: torch.dtype, halved: list[bool]) -> None:
-    rounded = CASES[name](k).to(dtype)
-    errors = problems.errors(run(rounded), run(rounded, recurrent, torch.float64, "cpu"))
-    assert max(errors.values()) <= TOLERANCE[dtype], errors
+    agrees(CASES[name](k), dtype)
     assert halved == [HOPPER]
 
 
@@ -111,7 +116,7 @@ def test_a_long_sequence(k: int, dtype: torch.dtype, halved: list[bool]) -> None
 
 @pytest.mark.parametrize(("k", "groups"), [(64, 4), (128, 4), (64, 9), (128, 72)])
 def test_causality(k: int, groups: int, halved: list[bool]) -> None:
-    """To the bit: outputs and gradients of the past do not depend on what follows, with decays of -5000 among it; later ones get exact zeros."""
+    """To the bit: outputs and gradients of the past do not depend on what follows, with decays of -500 among it; later ones get exact zeros."""
     problem = make(k, groups=groups, heads=1, without=("state",)).to(torch.bfloat16, DEVICE)
     for position in (1, 63, 64, 65, 129):
         before, after = (run(one) for one in other_after(problem, position))
@@ -170,7 +175,13 @@ def test_lengths_compile_nothing_and_are_not_waited_for(packed: bool, halved: li
 )
 def test_which_problems_are_halved(change: dict[str, Any], halves: bool, halved: list[bool]) -> None:
     """Those that are not take the launch that makes all, with the same results."""
-    problem = make(**change).to(torch.bfloat16)
-    errors = problems.errors(run(problem), run(problem, recurrent, torch.float64, "cpu"))
-    assert max(errors.values()) <= TOLERANCE[torch.bfloat16], errors
+    agrees(make(**change), torch.bfloat16)
     assert halved == [HOPPER and halves]
+
+
+def test_neither_float32_nor_own_nor_a_write_gate_per_channel_is_halved(halved: list[bool]) -> None:
+    plain = make()
+    agrees(plain, torch.float32)
+    agrees(plain._replace(leaves={**plain.leaves, "w": Draw().uniform(*plain.leaves["v"].shape)}), torch.bfloat16)
+    agrees(problems.ranked_delta_rule(Shape(2, 150, 2, 64, 64, 4), Draw(), ranks=1), torch.bfloat16)
+    assert halved == [False] * 3

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from functools import partial
 from types import SimpleNamespace
@@ -12,6 +13,7 @@ import torch
 from delta_triton_cases import LOW, TOLERANCE, other_after
 from delta_triton_cases import run_problem as run
 from gpu_cases import DEVICE, ON_GPU
+from torch import Tensor
 
 from kernels import delta_rule
 from kernels.delta import scan
@@ -115,6 +117,45 @@ def test_packed_sequences_are_whole(divided: list[int]) -> None:
     errors = problems.errors(run(problem), run(problem, recurrent, torch.float64, "cpu"))
     assert max(errors.values()) <= TOLERANCE[SINGLE], errors
     assert divided == [1, 1]
+
+
+@pytest.mark.parametrize("write", [True, False])
+def test_gradients_of_all_states(write: bool, divided: list[int]) -> None:
+    """What the backward pass of heads that share keys begins with: the gradient of the state behind every chunk, and the numbers of its rows."""
+    problem = make(150, groups=3, batch=1, decay=0.2, without=("state",) if write else ("state", "w")).to(LOW, DEVICE)
+    leaves, (do, dfinal) = problem.leaves, (problem.cotangents[name] for name in ("o", "final"))
+    launched, _ = scan._problem(*(leaves.get(name) for name in "qkvgw"), None, None, 1)  # type: ignore[arg-type]
+    dinitial = torch.empty_like(dfinal)
+    dS, numbers = scan.state_gradients(launched, 0.5, do, dfinal, dinitial)
+    exact = {name: x.double().cpu() for name, x in leaves.items()}
+    wanted = {"dinitial": behind(exact, do, dfinal, 0)} | {f"chunk {n}": behind(exact, do, dfinal, end)[0] for n, end in enumerate((64, 128, 150))}
+    sums = torch.nn.functional.pad(exact["g"][0, :, :, 0], (0, 0, 0, 42)).unflatten(0, (3, 64)).cumsum(1).transpose(1, 2) / math.log(2)
+    w = exact["w"][0, :, :, 0] if write else torch.ones(150, 6).double()
+    rows = [sums, torch.nn.functional.pad(w, (0, 0, 0, 42), value=0.0 if write else 1.0).unflatten(0, (3, 64)).transpose(1, 2)]
+    rows += [(sums[..., -1:] - sums).exp2(), sums[..., -1:].exp2().expand_as(sums)]
+    got = {"dinitial": dinitial, "numbers": numbers} | {f"chunk {n}": x for n, x in enumerate(dS)}
+    errors = problems.errors({name: x.cpu() for name, x in got.items()}, {**wanted, "numbers": torch.stack(rows, 2)})
+    assert len(errors) == 5
+    assert max(errors.values()) <= TOLERANCE[LOW], errors
+    assert divided == [3]
+
+
+def behind(leaves: dict[str, Tensor], do: Tensor, dfinal: Tensor, token: int) -> Tensor:
+    """The gradient of the state before a token, in float64."""
+    state = torch.zeros(dfinal.shape, dtype=torch.float64, requires_grad=True)
+    if token == do.shape[1]:
+        return dfinal.double().cpu()
+    o, final = recurrent(**{name: x[:, token:] for name, x in leaves.items()}, scale=0.5, state=state)
+    (found,) = torch.autograd.grad((o * do[:, token:].double().cpu()).sum() + (final * dfinal.double().cpu()).sum(), state)
+    return found
+
+
+@pytest.mark.parametrize(
+    ("chunks", "heads", "groups"),
+    [(256, 72, 1), (1024, 72, 1), (132, 72, 1), (66, 72, 2), (64, 72, 2), (16, 72, 8), (1, 72, 18), (1, 9, 2), (1, 7, 1), (1, 2, 1), (100, 2, 1)],
+)
+def test_heads_that_share_a_key_fill_the_gpu_once_in_groups_of_four_or_more(chunks: int, heads: int, groups: int) -> None:
+    assert scan.how_many_groups(chunks, heads) == groups
 
 
 @pytest.mark.parametrize(

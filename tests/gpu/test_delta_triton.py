@@ -27,7 +27,7 @@ MANY = 10  # cases of a variant: tens of seconds
 DTYPES = (torch.float32, LOW)
 MODELS = ("gdn2", "kda", "gdn", "deltanet", "gla", "mamba2") if ON_GPU else ("gdn2", "gdn", "gla", "mamba2")
 FULL = case_of("gdn2", SIZE, SIZE, groups=2 if ON_GPU else 1)
-SCANNED = case_of("mamba2", SIZE, SIZE, groups=2)  # by one launch each way
+SCANNED = case_of("mamba2", SIZE, SIZE, groups=2)  # by the launches of scan.py
 by_path = pytest.mark.parametrize("case", [FULL, SCANNED], ids=["stages", "scan"])
 by_model = pytest.mark.parametrize("model", MODELS)
 by_dtype = pytest.mark.parametrize("dtype", DTYPES if ON_GPU else DTYPES[:1], ids=str)

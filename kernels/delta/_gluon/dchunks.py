@@ -24,8 +24,7 @@ from kernels.delta._gluon.shared import (
     shared_tiles,
     sums_from_the_end,
 )
-
-SUMS, WRITE, TAIL, GAMMA = gl.constexpr(0), gl.constexpr(1), gl.constexpr(2), gl.constexpr(3)  # which of the numbers of a row
+from kernels.delta._triton.dstates import GAMMA, NUMBERS, SUMS, TAIL, WRITE
 
 
 @gluon.jit
@@ -87,7 +86,7 @@ def dchunks_kernel(
     do += start * S_O
     S_all += at * (K * V)
     dS_all += at * (K * V)
-    numbers += at * (4 * C)
+    numbers += at * (NUMBERS * C)
     dtype: gl.constexpr = v.dtype.element_ty
     GROUPS: gl.constexpr = gl.num_warps() // 4
     M: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, GROUPS], [16, C // GROUPS, 16])
@@ -99,14 +98,9 @@ def dchunks_kernel(
     q_s, k_s = shared_tile(dtype, C, K), shared_tile(dtype, C, K)
     v_s, do_s = shared_tiles(dtype, C, V, STAGES), shared_tiles(dtype, C, V, STAGES)
     S_s, dS_s = shared_tiles(dtype, K, V, STAGES), shared_tiles(dtype, K, V, STAGES)
-    dA_s, P_s, E_s, from_l, dv_s = (
-        shared_tile(dtype, C, C),
-        shared_tile(dtype, C, C),
-        shared_tile(dtype, C, C),
-        shared_tile(dtype, C, C),
-        shared_tile(dtype, C, V),
-    )
-    numbers_s, index_s = shared_rows(4 * C, STAGES), shared_row(C)
+    dA_s, P_s, E_s, from_l = shared_tile(dtype, C, C), shared_tile(dtype, C, C), shared_tile(dtype, C, C), shared_tile(dtype, C, C)
+    dv_s = shared_tile(dtype, C, V)
+    numbers_s, index_s = shared_rows(NUMBERS * C, STAGES), shared_row(C)
     before_s, after_s, across_s, write_s = shared_row(C), shared_row(C), shared_row(C), shared_row(C)
     fetch(q_s, q + start * S_Q + head * K, S_Q, rows)
     fetch(k_s, k + start * S_K + head * K, S_K, rows)
@@ -141,9 +135,8 @@ def dchunks_kernel(
         numbers_c = numbers_s.index(i)
         x = decayed(column(numbers_c, SUMS, C, M) - row(numbers_c, SUMS, C, M))
         dA = warpgroup_mma_wait(2, deps=(dA,))
-        # masked behind all that it is multiplied by: what is no number stays where it is
         P_s.store((P * x).to(dtype))
-        row_i, row_j = pairs(index_s, M)
+        row_i, row_j = pairs(index_s, M)  # masked behind all that it is multiplied by: what is no number stays where it is
         dA = gl.where(row_i >= row_j, dA * x * row(numbers_c, WRITE, C, M), 0.0)
         E_s.store((dA * P).to(dtype))
         dA_s.store((dA * scale).to(dtype))

@@ -112,7 +112,7 @@ def result_tile(to, R: gl.constexpr, X: gl.constexpr):
 
 
 @gluon.jit
-def put_tile(to, x, rows, S: gl.constexpr):
+def put_tile(to, x, rows, S):
     """The first rows of a tile in shared memory to memory, S numbers a row."""
     R: gl.constexpr = x.shape[0]
     X: gl.constexpr = x.shape[1]

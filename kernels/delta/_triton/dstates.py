@@ -11,6 +11,9 @@ import triton.language as tl
 from kernels.delta._triton.segments import carry, segment_chunks
 from kernels.delta._triton.tree import chunk_rows, decayed, head_sums, wide
 
+# the order of `numbers`
+SUMS, WRITE, TAIL, GAMMA, NUMBERS = tl.constexpr(0), tl.constexpr(1), tl.constexpr(2), tl.constexpr(3), tl.constexpr(4)
+
 
 @triton.jit(do_not_specialize=["tokens", "per_sequence", "segments", "chunks"])
 def dstates_kernel(
@@ -51,10 +54,11 @@ def dstates_kernel(
         if W:
             write = tl.load(w + start * S_W + r * S_W, mask=r < rows, other=0.0).to(tl.float32)
         if block == 0:
-            tl.store(numbers + at * (4 * C) + r, sums)
-            tl.store(numbers + at * (4 * C) + C + r, write)
-            tl.store(numbers + at * (4 * C) + 2 * C + r, decayed(total, total_rest, sums, rest, False))
-            tl.store(numbers + at * (4 * C) + 3 * C + r, r * 0.0 + gamma)
+            of_chunk = numbers + at * (NUMBERS * C) + r
+            tl.store(of_chunk + SUMS * C, sums)
+            tl.store(of_chunk + WRITE * C, write)
+            tl.store(of_chunk + TAIL * C, decayed(total, total_rest, sums, rest, False))
+            tl.store(of_chunk + GAMMA * C, r * 0.0 + gamma)
         read = scale * decayed(sums, rest, 0.0, 0.0, False)
         dS *= gamma
         dS = tl.dot(tl.trans(q_c), (do_c.to(tl.float32) * read[:, None]).to(dtype), dS)
