@@ -81,7 +81,7 @@ def test_where_rows_go_is_looked_at_first(what: str, tmp_path: Path, monkeypatch
     assert main(["bench", what, "--out", str(tmp_path / "new" / "rows"), "--commit", "v0.2-3-gabc-dirty"]) == 2
     assert "bench: needs a GPU" in capsys.readouterr().err
     assert [file.name for file in tmp_path.iterdir()] == ["file"]
-    table = tmp_path / f"{'training' if what == 'train' else what}_h100.csv"
+    table = tmp_path / f"{'training' if what == 'train' else what}_cpu.csv"
     table.write_text("a,b\n1,2\n")
     assert main(["bench", what, "--out", str(tmp_path)]) == 2
     assert f"error: out: {table}, line 1: has other columns than " in capsys.readouterr().err

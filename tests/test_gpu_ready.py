@@ -100,7 +100,7 @@ def test_the_checks_of_fit_follow_the_layout(monkeypatch: pytest.MonkeyPatch) ->
     assert {trial.dtype for trial in chosen} == {torch.bfloat16}
     assert {trial.check.mixer for trial in chosen} == {"gdn2", "kda", None}
     assert {trial.size for trial in chosen} == {64, 128}  # 128 where a check has no other size
-    assert {(trial.size, trial.v_size) for trial in chosen if trial.check.op == "delta_rule"} == {(64, None)}  # the model's own
+    assert {(trial.size, trial.v_size) for trial in chosen if trial.check.op == "delta_rule"} == {(64, 64)}  # the model's own
     everything = gpu_ready.trials(lm, {**calls, "swa": None}, torch.bfloat16)
     assert {trial.check.mixer for trial in everything} >= set(problems.WIDTHS)
     monkeypatch.setattr(registry, "available", list)  # none is ours: any width may be asked for

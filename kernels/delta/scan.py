@@ -102,11 +102,6 @@ class Weights(NamedTuple):
     own: Tensor  # q, which is never read, where there is none
     settings: dict[str, int]
 
-    @property
-    def plain(self) -> bool:
-        """Whether a token has one row, and its own outputs no weight of their own."""
-        return self.settings["R"] == 1 and not self.settings["OWN"]
-
 
 def _problem(
     q: Tensor, k: Tensor, v: Tensor, g: Tensor | None, w: Tensor | None, own: Tensor | None, cu_seqlens: Tensor | None, ranks: int
@@ -126,8 +121,11 @@ def backward(
     wanted = {"d" + name: (x.shape, x.dtype) for name, x in inputs.items() if x is not None}
     inputs.clear()
     dinitial = dfinal.new_empty(dfinal.shape)  # in the order of its axes, whatever the order of dfinal's
-    launch = _by_chunks if by_chunks(problem, weights) else _in_one
-    made = launch(problem, weights, kept, scale, as_rows(do), dfinal.contiguous(), dinitial)
+    do, dfinal = as_rows(do), dfinal.contiguous()
+    if by_chunks(problem, weights):
+        made = _by_chunks(problem, kept, scale, do, dfinal, dinitial)
+    else:
+        made = _in_one(problem, weights, kept, scale, do, dfinal, dinitial)
     kept.clear()
     problem.inputs.clear()
     del weights
@@ -163,18 +161,15 @@ def _in_one(problem: Problem, weights: Weights, kept: list[Tensor], scale: float
 
 def by_chunks(problem: Problem, weights: Weights) -> bool:
     """Whether the backward pass is in two halves, of which the second, `_gluon/dchunks.py`, sums over the heads that share queries and keys."""
-    s = problem.settings
-    sizes = s["V"] == 64 and s["K"] in (64, 128)
-    return problem.hopper and sizes and s["G"] == 1 and s["W"] != 2 and s["HV"] >= SHARED * s["H"] and weights.plain
+    s = {**problem.settings, **weights.settings}
+    sizes, gates = s["V"] == 64 and s["K"] in (64, 128), s["G"] == 1 and s["W"] != 2
+    return problem.hopper and sizes and gates and s["HV"] >= SHARED * s["H"] and s["R"] == 1 and not s["OWN"]
 
 
-def _by_chunks(
-    problem: Problem, weights: Weights, kept: list[Tensor], scale: float, do: Tensor, dfinal: Tensor, dinitial: Tensor
-) -> dict[str, Tensor]:
+def _by_chunks(problem: Problem, kept: list[Tensor], scale: float, do: Tensor, dfinal: Tensor, dinitial: Tensor) -> dict[str, Tensor]:
     """Gradients by name, those of queries and keys one row a group of value heads; and that of the initial state."""
     from kernels.delta._gluon.dchunks import dchunks_kernel
 
-    assert weights.plain
     x, s, k_dim = problem.inputs, problem.settings, problem.sizes[0]
     dS, numbers = state_gradients(problem, scale, do, dfinal, dinitial)
     groups = how_many_groups(problem.n_chunks * s["H"], s["HV"] // s["H"])

@@ -81,29 +81,35 @@ def needs_gpu() -> None:
         raise ConfigError("bench: needs a GPU that torch can use, and there is none here: see python -m recipes doctor")
 
 
-def check_rows(given: Namespace, kind: str, of: type[Any] = bench_rows.Row) -> None:
-    """Sees to it that rows of a kind can be written where `out` says, whose `~` is resolved, before any is measured; nothing is left there.
+def check_rows(given: Namespace, kind: str, of: type[Any] = bench_rows.Row) -> bench_rows.Machine:
+    """Sees to it that rows of a kind can be written where `out` says, whose `~` is resolved, before any is measured; nothing is left there. Returns
+    the end of every row.
 
     Raises:
-        ConfigError: they cannot, tables of that kind have other columns there, or `commit` may not stand in them.
+        ConfigError: they cannot, this GPU's table has other columns, or `commit` may not stand in it.
     """
     if given.commit is not None and not bench_rows.COMMIT.fits(given.commit):
         raise ConfigError(f"commit: must be {bench_rows.COMMIT.words}, got {bench_rows.shown(given.commit)}")
     given.out = given_path(given.out, "out")
     check_writable(given.out, "out")
-    for path in sorted(given.out.glob(f"{kind}_*.csv")):
-        bench_rows.check_columns(path, of._fields)
+    machine = bench_rows.this_machine(given.commit)
+    bench_rows.check_columns(given.out, kind, machine.gpu, of)
+    return machine
 
 
-def prepare(given: Namespace, kind: str = "") -> bench_rows.Machine:
-    """Checks what is needed before the first figure, and rows of a kind; the end of every row.
+def check_budget(given: Namespace) -> None:
+    """ConfigError: the budget is no time."""
+    if not 0 < given.budget_ms < math.inf:
+        raise ConfigError(f"budget_ms: must be > 0 and finite, got {given.budget_ms:g}")
+
+
+def prepare(given: Namespace, kind: str) -> bench_rows.Machine:
+    """Checks what is needed before the first figure, which goes to the rows of a kind; the end of every row.
 
     Raises:
         ConfigError: there is no GPU, the budget is no time, or rows cannot be written.
     """
-    if not 0 < given.budget_ms < math.inf:
-        raise ConfigError(f"budget_ms: must be > 0 and finite, got {given.budget_ms:g}")
-    if kind:
-        check_rows(given, kind)
+    check_budget(given)
+    machine = check_rows(given, kind)
     needs_gpu()
-    return bench_rows.this_machine(getattr(given, "commit", None))
+    return machine

@@ -118,11 +118,11 @@ def append(folder: Path, kind: str, rows: Iterable[Any]) -> Path | None:
     rows = list(rows)
     if not rows:
         return None
-    path, columns = folder / f"{kind}_{slug(rows[0].gpu)}.csv", rows[0]._fields
+    path, columns = _path(folder, kind, rows[0].gpu), rows[0]._fields
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        check_columns(path, columns)
         text = path.read_text(encoding="utf-8", errors=DAMAGED) if path.exists() else ""
+        _check_columns(path, text.partition("\n")[0], columns)
         with path.open("a", newline="", encoding="utf-8") as file:
             if text and not text.endswith("\n"):  # its last row was cut: a full disk, a process that was killed
                 file.write("\n")
@@ -145,26 +145,36 @@ def read(folder: Path, kind: str, of: type[Any] = Row) -> list[Any]:
 
 def _rows_of(path: Path, of: type[Any]) -> Iterator[Any]:
     columns = get_type_hints(of, include_extras=True)
-    check_columns(path, tuple(columns))
     try:
         with path.open(encoding="utf-8", errors=DAMAGED) as file:
             for number, line in enumerate(file, 1):
-                if number > 1 and line.strip():
+                if number == 1:
+                    _check_columns(path, line.rstrip("\n"), tuple(columns))
+                elif line.strip():
                     yield of(*_values(f"{path}, line {number}", line, columns))
     except OSError as error:
         raise ConfigError(f"out: {path} cannot be read: {error.strerror}") from error
 
 
-def check_columns(path: Path, columns: tuple[str, ...]) -> None:
-    """ConfigError for a file of rows that has other columns or cannot be read; one that is empty, or not there, may have any."""
+def _path(folder: Path, kind: str, gpu: str) -> Path:
+    return folder / f"{kind}_{slug(gpu)}.csv"
+
+
+def check_columns(folder: Path, kind: str, gpu: str, of: type[Any] = Row) -> None:
+    """ConfigError where `append` would find other columns, or a file that cannot be read."""
+    path = _path(folder, kind, gpu)
     try:
         with path.open(encoding="utf-8", errors=DAMAGED) as file:
-            first_line = file.readline()
+            _check_columns(path, file.readline().rstrip("\n"), of._fields)
     except FileNotFoundError:
         return
     except OSError as error:
         raise ConfigError(f"out: {path} cannot be read: {error.strerror}") from error
-    if first_line and first_line.rstrip("\n") != ",".join(columns):
+
+
+def _check_columns(path: Path, first_line: str, columns: tuple[str, ...]) -> None:
+    """An empty file may get any."""
+    if first_line and first_line != ",".join(columns):
         raise ConfigError(f"out: {path}, line 1: has other columns than {', '.join(columns)}")
 
 

@@ -72,9 +72,8 @@ def run(argv: list[str]) -> int:
     for recipe in recipes:
         for name in recipe.split("+"):
             find_config(name)
-    check_rows(given, TRAINING, Training)
+    machine, failed = check_rows(given, TRAINING, Training), 0
     needs_gpu()
-    machine, failed = bench_rows.this_machine(given.commit), 0
     for recipe in recipes:
         for batch, tokens in shapes:
             rows: list[Training] = []

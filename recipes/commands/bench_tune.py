@@ -19,7 +19,7 @@ from kernels.tiles import Key, Tile, TileTable, architecture
 from mixers.errors import ConfigError, unknown
 from recipes.commands import bench_groups, problems
 from recipes.commands.arguments import Arguments
-from recipes.commands.bench_arguments import add_common, add_heads, dtype_of, prepare, problem_shapes
+from recipes.commands.bench_arguments import add_common, add_heads, check_budget, dtype_of, needs_gpu, problem_shapes
 from recipes.commands.bench_timing import Clock, CudaClock, in_turns
 from recipes.commands.checks import TOLERANCE
 from recipes.commands.problems import Draw, Shape
@@ -59,7 +59,8 @@ def run(argv: list[str]) -> int:
     table: TileTable = module.TILES
     if given.kernel is not None and given.kernel not in table.safe:
         raise unknown("kernel", "kernel", given.kernel, table.safe)
-    prepare(given)
+    check_budget(given)
+    needs_gpu()
     clock = CudaClock()
     for shape in shapes:
         done: set[tuple[str, Key]] = set()

@@ -210,7 +210,7 @@ def select(
     for check in of:
         exact = sorted(set((heads or {}).get(check.mixer or "", ()))) if check.op == "delta_rule" else []
         if check.of_heads:
-            trials += [Trial(check, k, dtype, None if v == k and check.v_size is None else v) for k, v in exact for dtype in wanted]
+            trials += [Trial(check, k, dtype, v) for k, v in exact for dtype in wanted]
         listed = [] if exact else [size for size in check.sizes if near is None or size in near or len(check.sizes) == 1]
         trials += [
             Trial(check, size, dtype, check.v_size)

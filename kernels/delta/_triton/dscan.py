@@ -53,10 +53,7 @@ def dscan_kernel(
     do += head * V
     w += head * VW
     own += head
-    if PACKED:
-        first, end = tl.load(first_chunk + sequence), tl.load(first_chunk + sequence + 1)
-    else:
-        first, end = segment_chunks(sequence, segment, per_sequence, chunks)
+    first, end = segment_chunks(first_chunk, sequence, segment, per_sequence, chunks, PACKED)
     place, entry = sequence.to(tl.int64) * HV + head, c[:, None] * V + cv[None, :]
     whole = place * K * V + entry
     dS = tl.load(dfinal + whole)

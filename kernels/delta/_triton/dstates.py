@@ -32,10 +32,7 @@ def dstates_kernel(
     g += head // (HV // HG)
     do += head * V
     w += head
-    if PACKED:
-        first, end = tl.load(first_chunk + sequence), tl.load(first_chunk + sequence + 1)
-    else:
-        first, end = segment_chunks(sequence, segment, per_sequence, chunks)
+    first, end = segment_chunks(first_chunk, sequence, segment, per_sequence, chunks, PACKED)
     place, entry = sequence.to(tl.int64) * HV + head, c[:, None] * V + cv[None, :]
     dS = tl.load(dfinal + place * K * V + entry)
     for behind in range(segments - 1 - segment):

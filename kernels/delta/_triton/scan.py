@@ -33,10 +33,7 @@ def scan_kernel(
     o += head * V
     w += head * (V if W == 2 else 1)
     own += head
-    if PACKED:
-        first, end = tl.load(first_chunk + sequence), tl.load(first_chunk + sequence + 1)
-    else:
-        first, end = segment_chunks(sequence, segment, per_sequence, chunks)
+    first, end = segment_chunks(first_chunk, sequence, segment, per_sequence, chunks, PACKED)
     place, entry = sequence.to(tl.int64) * HV + head, c[:, None] * V + cv[None, :]
     whole = place * K * V + entry
     S = tl.zeros([K, BV], tl.float32)

@@ -10,10 +10,14 @@ from kernels.delta._triton.tree import chunk_rows, decayed, head_sums
 
 
 @triton.jit
-def segment_chunks(sequence, segment, per_sequence, chunks):
-    """The first chunk of a segment and the one behind its last."""
-    first = sequence * per_sequence + segment * chunks
-    return first, tl.minimum(first + chunks, (sequence + 1) * per_sequence)
+def segment_chunks(first_chunk, sequence, segment, per_sequence, chunks, PACKED: tl.constexpr):
+    """The first chunk of a segment and the one behind its last; of packed sequences all are whole."""
+    if PACKED:
+        first, end = tl.load(first_chunk + sequence), tl.load(first_chunk + sequence + 1)
+    else:
+        first = sequence * per_sequence + segment * chunks
+        end = tl.minimum(first + chunks, (sequence + 1) * per_sequence)
+    return first, end
 
 
 @triton.jit
@@ -45,7 +49,7 @@ def segments_kernel(
     g += head // (HV // HG)
     y += head * V
     w += head * (V if W == 2 else 1)
-    first, end = segment_chunks(sequence, segment, per_sequence, chunks)
+    first, end = segment_chunks(None, sequence, segment, per_sequence, chunks, False)
     S = tl.zeros([K, BV], tl.float32)
     gamma = tl.full((), 1.0, tl.float32)
     for n in range(0, end - first):
