@@ -61,9 +61,11 @@ def test_no_width_fits() -> None:
         solve(lm, 100)
     with pytest.raises(ConfigError, match=r"no multiple of 64 comes within 0.5 % of 1,000: mlp_width 64 gives .*, mlp_width 128 gives"):
         solve(lm, 1000)
-    between = (at_width(lm, 64, 1).parameters + 2 * at_width(lm, 128, 1).parameters) // 3
+    least, more = at_width(lm, 64, 1).parameters, at_width(lm, 128, 1).parameters
     with pytest.raises(ConfigError, match=r"mlp_width 128 gives [\d,]+ \(\+\d+\.\d\d %\), mlp_width 64 gives [\d,]+ \(-\d+\.\d\d %\)"):
-        solve(lm, between)
+        solve(lm, (least + 2 * more) // 3)
+    with pytest.raises(ConfigError, match=r"mlp_width 64 gives [\d,]+ \(-\d+\.\d\d %\), mlp_width 128 gives [\d,]+ \(\+\d+\.\d\d %\)"):
+        solve(lm, (2 * least + more) // 3)
 
 
 def test_recurrent_numbers_leave_out_convolutions_and_caches() -> None:
@@ -96,6 +98,15 @@ def test_report_does_not_hide_the_state_of_mamba(capsys: pytest.CaptureFixture[s
     assert found["now"] == "6,208 gives 1,354,573,872 (+4.20 %)"
     assert found["mamba2"] == "294,912 +12.5 % 262,144 14,208"
     assert found["note:"] == "mamba2 carries 294,912 numbers at d_model 2,304, not 262,144; at d_model 2,048 it is equal"
+
+
+@pytest.mark.parametrize(("recipe", "rest"), [("mamba3_siso", "10,440"), ("mamba3_mimo_hybrid", "24,264")])
+def test_report_does_not_hide_the_state_of_mamba3(recipe: str, rest: str, capsys: pytest.CaptureFixture[str]) -> None:
+    """Beside it the last token's keys, values, weight and angles."""
+    found = run(capsys, "--config", f"paper/{recipe}_1.3b", "--to=1.3e9")
+    assert found["now"] == "the same"
+    assert found["mamba3"] == f"294,912 +12.5 % 262,144 {rest}"
+    assert found["note:"] == "mamba3 carries 294,912 numbers at d_model 2,304, not 262,144; at d_model 2,048 it is equal"
 
 
 def test_a_config_without_a_width_and_heads_that_do_not_fit_the_papers_width(here: Path, capsys: pytest.CaptureFixture[str]) -> None:

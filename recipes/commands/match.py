@@ -97,7 +97,7 @@ def state_table(lm: DecoderLM) -> Table:
     """Every mixer's recurrent state, beside the paper's."""
     table = Table(title="State, numbers a layer and sequence", title_justify="left")
     table.add_column("mixer")
-    for column in ("recurrent", f"beside {PAPER_STATE:,}", f"recurrent at d_model {PAPER_D_MODEL:,}", "convolution and cache at 4,096 tokens"):
+    for column in ("recurrent", f"beside {PAPER_STATE:,}", f"recurrent at d_model {PAPER_D_MODEL:,}", "other state at 4,096 tokens"):
         table.add_column(column, justify="right")
     for name, number in recurrent_numbers(lm).items():
         mixer = lm.mixers()[lm.layer_names.index(name)]

@@ -19,7 +19,7 @@ def explain(plan: Plan, error: BaseException, *, sharded: bool) -> str | None:
     if not isinstance(error, (OutOfMemoryError, MemoryError)) and not any(words in text for words in HOST):
         return None
     memory = memory_of(plan, sharded=sharded)
-    parts = sorted(memory._asdict().items(), key=lambda part: -part[1])
+    parts = sorted(memory.parts().items(), key=lambda part: -part[1])
     largest = ", ".join(f"{name} {sizes.bytes_text(size)}" for name, size in parts[:CONSUMERS] if size)
     wanted = re.search(r"tried to allocate [\d.]+ \w+", text, re.IGNORECASE)
     how = f": {wanted[0][0].lower()}{wanted[0][1:]}" if wanted else ""

@@ -81,8 +81,9 @@ def memory_table(plan: Plan) -> Table:
     """The estimate of a device's memory."""
     memory = sizes.training_memory(plan.model.lm, (plan.data.batch_size, plan.data.seq_len), sizes.precision_of(plan.precision))
     table = _table(f"Memory for training in {plan.precision}, roughly", ["what"], ["on one device, unsharded"])
-    for what, number in memory._asdict().items():
-        table.add_row(what, sizes.bytes_text(number))
+    guessed = f" (of {', '.join(memory.guessed)} guessed from the projections: likely more)" if memory.guessed else ""
+    for what, number in memory.parts().items():
+        table.add_row(f"{what}{guessed}" if what == "activations" else what, sizes.bytes_text(number))
     table.add_section()
     table.add_row("total", sizes.bytes_text(memory.total))
     return table

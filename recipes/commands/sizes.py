@@ -78,10 +78,14 @@ class Memory(NamedTuple):
     copies: int  # of the matrices in the precision of the computation, under *-mixed
     activations: int  # what the layers keep for the backward pass
     logits: int  # with their softmax and its gradient
+    guessed: tuple[str, ...] = ()  # mixers whose activations could not be counted: likely more than stands here
+
+    def parts(self) -> dict[str, int]:
+        return {what: number for what, number in self._asdict().items() if what != "guessed"}
 
     @property
     def total(self) -> int:
-        return sum(self)
+        return sum(self.parts().values())
 
 
 def training_memory(lm: DecoderLM, shape: tuple[int, int], precision: Precision) -> Memory:
@@ -91,28 +95,33 @@ def training_memory(lm: DecoderLM, shape: tuple[int, int], precision: Precision)
     stored = sum(p.numel() * (max(4, precision.stored) if name in fp32 else precision.stored) for name, p in lm.named_parameters())
     matrices = sum(count(m) for m in lm.modules() if isinstance(m, nn.Linear))
     logits = lm.settings["vocab_size"] * (precision.computed + 2 * max(4, precision.computed))  # logits, softmax, its gradient
+    kept, guessed = kept_by_layers(lm, shape, precision)
     return Memory(
         weights=stored,
         gradients=stored,
         optimizer=2 * stored,
         copies=matrices * precision.computed if precision.computed < precision.stored else 0,
-        activations=kept_by_layers(lm, shape, precision),
+        activations=kept,
         logits=tokens * logits,
+        guessed=guessed,
     )
 
 
-def kept_by_layers(lm: DecoderLM, shape: tuple[int, int], precision: Precision) -> int:
-    """Bytes that the layers keep for the backward pass of a micro-batch: counted, for one layer of each mixer."""
+def kept_by_layers(lm: DecoderLM, shape: tuple[int, int], precision: Precision) -> tuple[int, tuple[str, ...]]:
+    """Bytes that the layers keep for the backward pass of a micro-batch, counted for one layer of each mixer; and which mixers had to be guessed."""
     of_mixer: dict[str, int] = {}
+    guessed: list[str] = []
     for name, block in zip(lm.layer_names, cast(list[Block], list(lm.layers)), strict=True):
         if name not in of_mixer:
             try:
                 # what does not grow with the batch are the weights' copies in another precision
                 of_mixer[name] = saved_bytes(block, lm, (2 * shape[0], shape[1]), precision) - saved_bytes(block, lm, shape, precision)
-            except Exception:  # somebody's mixer that looks at values, say: what its products give, and both norms' inputs and outputs and both sums
+            except Exception:  # the reference (of more ranks than the kernels take, say), or somebody's mixer, looks at values
+                # what products give, and both norms' inputs and outputs and both sums
                 features = sum(m.out_features for m in block.modules() if isinstance(m, nn.Linear)) + 6 * lm.settings["d_model"]
                 of_mixer[name] = shape[0] * shape[1] * features * precision.computed
-    return sum(of_mixer[name] for name in lm.layer_names)
+                guessed.append(name)
+    return sum(of_mixer[name] for name in lm.layer_names), tuple(guessed)
 
 
 def saved_bytes(block: Block, lm: DecoderLM, shape: tuple[int, int], precision: Precision) -> int:
