@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from mixers import registry
-from mixers.base import ParameterGroups, SequenceMixer, at_least_one, linear_flops, positive
+from mixers.base import ParameterGroups, SequenceMixer, at_least, linear_flops, positive
 from mixers.errors import ConfigError
 from mixers.fan_out import fan_out
 from mixers.init import initialize
@@ -107,7 +107,7 @@ class DecoderLM(nn.Module):
         seed: int = 0,
     ) -> None:
         super().__init__()
-        at_least_one(vocab_size=vocab_size, d_model=d_model, n_layers=n_layers, mlp_width=mlp_width)
+        at_least(1, vocab_size=vocab_size, d_model=d_model, n_layers=n_layers, mlp_width=mlp_width)
         if n_layers > MOST_LAYERS:
             raise ConfigError(f"n_layers: must be at most {MOST_LAYERS:,}, got {n_layers:,}")
         positive(norm_eps=norm_eps, init_std=init_std)

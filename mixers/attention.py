@@ -13,7 +13,7 @@ from torch import Tensor
 
 from kernels.varlen import is_readable, positions
 from mixers import flash
-from mixers.base import SequenceMixer, at_least_one, default_head_dim, linear_flops, multiple_of, positive
+from mixers.base import SequenceMixer, at_least, default_head_dim, linear_flops, multiple_of, positive
 from mixers.fan_out import fan_out
 from mixers.layers import Linear, normal, rotate
 from mixers.state import AttentionState, zero_cache
@@ -45,12 +45,12 @@ class Attention(SequenceMixer[AttentionState]):
     ) -> None:
         super().__init__(d_model)
         self.num_heads, self.num_kv_heads = num_heads, num_heads if num_kv_heads is None else num_kv_heads
-        at_least_one(num_heads=num_heads, num_kv_heads=self.num_kv_heads)
+        at_least(1, num_heads=num_heads, num_kv_heads=self.num_kv_heads)
         multiple_of("num_heads", num_heads, "num_kv_heads", self.num_kv_heads)
         self.head_dim = default_head_dim("head_dim", head_dim, d_model, num_heads)
         multiple_of("head_dim", self.head_dim, "a rotary pair", 2)
         if window is not None:
-            at_least_one(window=window)
+            at_least(1, window=window)
         positive(rope_theta=rope_theta, init_std=init_std)
         self.window, self.rope_theta = window, rope_theta
         init = normal(init_std)

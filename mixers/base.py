@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any, ClassVar, Generic, NamedTuple, TypeVar, get_args
 
 import torch
@@ -51,7 +51,7 @@ class SequenceMixer(nn.Module, ABC, Generic[StateT]):
 
     def __init__(self, d_model: int) -> None:
         super().__init__()
-        at_least_one(d_model=d_model)
+        at_least(1, d_model=d_model)
         self.d_model = d_model
 
     @abstractmethod
@@ -129,6 +129,8 @@ class SequenceMixer(nn.Module, ABC, Generic[StateT]):
         """Raises ValueError for inputs of `step` that do not fit each other."""
         if x.ndim != 2 or x.shape[-1] != self.d_model or 0 in x.shape:
             raise ValueError(f"{type(self).__name__}: input of a step must have shape [B, d_model = {self.d_model}], got {list(x.shape)}")
+        if state is None:
+            raise ValueError(f"{type(self).__name__}: a step needs a state, of init_state, forward or the step before, got None")
         self.check_state(state, x.shape[0])
 
     def check_state(self, state: tuple[Tensor, ...] | None, sequences: int) -> None:
@@ -140,14 +142,27 @@ class SequenceMixer(nn.Module, ABC, Generic[StateT]):
             raise ValueError(f"{type(self).__name__}: the state must hold {sequences} sequences, its tensors have shapes {got}")
 
 
-MOST_NAMED = 16  # of the legal values in a message, those nearest to the one that was given
+MOST_NAMED = 16  # values in a message
 
 
-def at_least_one(**settings: Any) -> None:
-    """Raises ConfigError for the first of `settings` that is not an integer >= 1."""
+def _listed(values: Iterable[object]) -> str:
+    """The first of `values` for a message, in one line."""
+    texts = [" ".join(str(value).split()) for value in values]
+    return ", ".join([*texts[:MOST_NAMED], *(["..."] if len(texts) > MOST_NAMED else [])]) or "none"
+
+
+def at_least(least: int, /, **settings: Any) -> None:
+    """Raises ConfigError for the first of `settings` that is not an integer >= `least`."""
     for name, value in settings.items():
-        if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-            raise ConfigError(f"{name}: must be an integer >= 1, got {value!r}")
+        if not isinstance(value, int) or isinstance(value, bool) or value < least:
+            raise ConfigError(f"{name}: must be an integer >= {least}, got {value!r}")
+
+
+def boolean(**settings: Any) -> None:
+    """Raises ConfigError for the first of `settings` that is neither True nor False: any text would pass for true."""
+    for name, value in settings.items():
+        if not isinstance(value, bool):
+            raise ConfigError(f"{name}: must be true or false, got {value!r}")
 
 
 def positive(**settings: Any) -> None:
@@ -172,14 +187,13 @@ def divides(name: str, value: int, whole: int, what: str) -> None:
     if whole % value:
         small = [n for n in range(1, math.isqrt(whole) + 1) if whole % n == 0]
         legal = sorted({*small, *(whole // n for n in small)}, key=lambda n: abs(n - value))
-        named = [*map(str, sorted(legal[:MOST_NAMED])), *(["..."] if len(legal) > MOST_NAMED else [])]
-        raise ConfigError(f"{name}: {value} does not divide {what} (legal: {', '.join(named)})")
+        raise ConfigError(f"{name}: {value} does not divide {what} (legal: {_listed([*sorted(legal[:MOST_NAMED]), *legal[MOST_NAMED:]])})")
 
 
 def default_head_dim(name: str, given: int | None, width: int, num_heads: int) -> int:
     """`given`, or `width` shared evenly by the heads; ConfigError if that does not come out even."""
     if given is not None:
-        at_least_one(**{name: given})
+        at_least(1, **{name: given})
         return given
     if width < num_heads or width % num_heads:
         raise ConfigError(f"num_heads: {num_heads} heads do not divide {width} channels; set {name} or another number of heads")
@@ -204,11 +218,11 @@ def load_named(module: nn.Module, state_dict: Mapping[str, Tensor], table: Mappi
         raise ConfigError(f"state dict of {source}: must be a mapping of names to tensors, got {type(state_dict).__name__}")
     for theirs, ours in names.items():
         if theirs not in state_dict:
-            raise ConfigError(f"state dict of {source}: has no tensor {theirs} (it has: {', '.join(sorted(map(str, state_dict))) or 'none'})")
+            raise ConfigError(f"state dict of {source}: has no tensor {theirs} (it has: {_listed(sorted(map(str, state_dict)))})")
         if why := _unfit(state_dict[theirs], own[ours]):
             raise ConfigError(f"state dict of {source}: {theirs} {why}")
     if more := sorted(map(str, state_dict.keys() - names.keys())):
-        raise ConfigError(f"state dict of {source}: has the tensor {more[0]}, which this layer does not have (legal: {', '.join(names)})")
+        raise ConfigError(f"state dict of {source}: has the tensor {_listed(more[:1])}, which this layer does not have (legal: {', '.join(names)})")
     with torch.no_grad():
         for theirs, ours in names.items():
             own[ours].copy_(state_dict[theirs])

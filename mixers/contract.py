@@ -103,7 +103,7 @@ VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
     "attention-grouped": ("attention", {"num_heads": 4, "num_kv_heads": 2}),
     "swa-window-1": ("swa", {"window": 1}),
 }
-HYBRIDS = (("gdn2", "swa"), ("kda", "gdn2", "attention"), ("deltanet", "gla", "swa", "linear_attention"))
+HYBRIDS = (("gdn2", "swa"), ("kda", "gdn2", "attention"), ("deltanet", "gla", "swa", "linear_attention"), ("mamba2", "swa", "mamba3"))
 
 
 def small_settings(name: str, extra: dict[str, Any]) -> dict[str, Any]:

@@ -12,8 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from kernels import delta_rule, delta_rule_step
-from mixers.base import SequenceMixer, at_least_one, linear_flops, multiple_of, positive
-from mixers.errors import ConfigError
+from mixers.base import SequenceMixer, at_least, linear_flops, multiple_of, positive
 from mixers.fan_out import fan_out
 from mixers.layers import MIXER_GAIN, GatedRMSNorm, Linear, ShortConv, xavier
 from mixers.state import DeltaState, zero_cache, zero_state
@@ -62,9 +61,8 @@ class DeltaMixer(SequenceMixer[DeltaState]):
         self.num_heads, self.head_dim = num_heads, head_dim
         self.num_v_heads = num_heads if num_v_heads is None else num_v_heads
         self.v_head_dim = head_dim if v_head_dim is None else v_head_dim
-        at_least_one(num_heads=num_heads, head_dim=head_dim, num_v_heads=self.num_v_heads, v_head_dim=self.v_head_dim)
-        if conv_size < 2:
-            raise ConfigError(f"conv_size: must be an integer >= 2, got {conv_size!r}")
+        at_least(1, num_heads=num_heads, head_dim=head_dim, num_v_heads=self.num_v_heads, v_head_dim=self.v_head_dim)
+        at_least(2, conv_size=conv_size)
         multiple_of("num_v_heads", self.num_v_heads, "num_heads", num_heads)
         self.k_width, self.v_width = num_heads * head_dim, self.num_v_heads * self.v_head_dim
         self.q_proj = self.linear(d_model, self.k_width)

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
-from typing import Literal, final
+from typing import Literal, final, get_args
 
 from torch import Tensor, nn
 
+from mixers.base import boolean
 from mixers.delta import DeltaMixer, Gates
+from mixers.errors import unknown
 from mixers.layers import DeltaGates
+
+Gate = Literal["channel", "scalar"]
 
 
 @final
@@ -36,11 +40,15 @@ class GatedDeltaNet2(DeltaMixer):
         v_head_dim: int | None = None,
         conv_size: int = 4,
         norm_eps: float = 1e-5,
-        erase: Literal["channel", "scalar"] = "channel",
-        write: Literal["channel", "scalar"] = "channel",
+        erase: Gate = "channel",
+        write: Gate = "channel",
         allow_neg_eigval: bool = False,
     ) -> None:
         super().__init__(d_model, num_heads, head_dim, num_v_heads, v_head_dim, conv_size, norm_eps)
+        boolean(allow_neg_eigval=allow_neg_eigval)
+        for name, gate in (("erase", erase), ("write", write)):
+            if gate not in get_args(Gate):
+                raise unknown(name, "gate", gate, get_args(Gate))
         self.erase, self.write, self.allow_neg_eigval = erase, write, allow_neg_eigval
 
     def make_gates(self) -> None:

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from kernels import delta_rule, delta_rule_step
-from mixers.base import SequenceMixer, at_least_one, default_head_dim, linear_flops, positive
+from mixers.base import SequenceMixer, at_least, default_head_dim, linear_flops, positive
 from mixers.delta import delta_rule_flops
 from mixers.errors import ConfigError
 from mixers.fan_out import fan_out
@@ -42,7 +42,7 @@ class GatedLinearAttention(SequenceMixer[RecurrentState]):
         norm_eps: float = 1e-5,
     ) -> None:
         super().__init__(d_model)
-        at_least_one(num_heads=num_heads, gate_low_rank=gate_low_rank)
+        at_least(1, num_heads=num_heads, gate_low_rank=gate_low_rank)
         self.num_heads, self.gate_normalizer = num_heads, gate_normalizer
         self.head_dim = default_head_dim("head_dim", head_dim, d_model // 2, num_heads)
         self.v_head_dim = default_head_dim("v_head_dim", v_head_dim, d_model, num_heads)

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from kernels import delta_rule, delta_rule_step
-from mixers.base import SequenceMixer, at_least_one, default_head_dim, linear_flops
+from mixers.base import SequenceMixer, at_least, default_head_dim, linear_flops
 from mixers.delta import delta_rule_flops
 from mixers.fan_out import fan_out
 from mixers.layers import MIXER_GAIN, Linear, xavier
@@ -32,7 +32,7 @@ class LinearAttention(SequenceMixer[RecurrentState]):
 
     def __init__(self, d_model: int, num_heads: int = 4, head_dim: int | None = None) -> None:
         super().__init__(d_model)
-        at_least_one(num_heads=num_heads)
+        at_least(1, num_heads=num_heads)
         self.num_heads, self.head_dim = num_heads, default_head_dim("head_dim", head_dim, d_model, num_heads)
         width, init = num_heads * self.head_dim, xavier(MIXER_GAIN)
         self.q_proj = Linear(d_model, width, init=init)

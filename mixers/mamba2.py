@@ -14,9 +14,8 @@ from torch import Tensor, nn
 
 from kernels import causal_conv1d, causal_conv1d_step, delta_rule, delta_rule_step, gated_rms_norm
 from mixers import mamba_ssm
-from mixers.base import SequenceMixer, at_least_one, divides, linear_flops, load_named, positive
+from mixers.base import SequenceMixer, at_least, divides, linear_flops, load_named, positive
 from mixers.delta import delta_rule_flops
-from mixers.errors import ConfigError
 from mixers.layers import MIXER_GAIN, DecayModule, Linear, Skip, xavier
 from mixers.mamba_ssm import Backend, Resolved
 from mixers.state import DeltaState, zero_cache, zero_state
@@ -132,10 +131,9 @@ class Mamba2(SequenceMixer[DeltaState]):
         backend: Backend = "auto",
     ) -> None:
         super().__init__(d_model)
-        at_least_one(expand=expand, head_dim=head_dim, d_state=d_state, num_groups=num_groups)
+        at_least(1, expand=expand, head_dim=head_dim, d_state=d_state, num_groups=num_groups)
         positive(norm_eps=norm_eps)
-        if conv_size < 2:
-            raise ConfigError(f"conv_size: must be an integer >= 2, got {conv_size!r}")
+        at_least(2, conv_size=conv_size)
         self.width = expand * d_model
         divides("head_dim", head_dim, self.width, f"expand * d_model = {self.width} channels")
         self.num_heads, self.head_dim, self.d_state, self.num_groups = self.width // head_dim, head_dim, d_state, num_groups

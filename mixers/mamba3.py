@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from kernels import delta_rule, delta_rule_step, rank_values
 from kernels.rotary.reference import running_sum, turns
 from mixers import mamba_ssm
-from mixers.base import SequenceMixer, at_least_one, divides, linear_flops, load_named, positive
+from mixers.base import SequenceMixer, at_least, boolean, divides, linear_flops, load_named, positive
 from mixers.delta import delta_rule_flops
 from mixers.errors import ConfigError
 from mixers.layers import MIXER_GAIN, Linear, Skip, xavier
@@ -95,7 +95,7 @@ class Mamba3(SequenceMixer[Mamba3State]):
         backend: Backend = "auto",
     ) -> None:
         super().__init__(d_model)
-        at_least_one(expand=expand, head_dim=head_dim, d_state=d_state, num_groups=num_groups, mimo_rank=mimo_rank)
+        at_least(1, expand=expand, head_dim=head_dim, d_state=d_state, num_groups=num_groups, mimo_rank=mimo_rank)
         self.width = expand * d_model
         divides("head_dim", head_dim, self.width, f"expand * d_model = {self.width} channels")
         self.num_heads, self.head_dim, self.d_state, self.num_groups = self.width // head_dim, head_dim, d_state, num_groups
@@ -107,6 +107,7 @@ class Mamba3(SequenceMixer[Mamba3State]):
         self.num_angles = int(d_state * rope_fraction) // 2 if is_number and 0 < rope_fraction <= 1 else 0
         if not self.num_angles:
             raise ConfigError(f"rope_fraction: must be in [{2 / d_state:g}, 1] (one pair of {d_state} channels at least), got {rope_fraction!r}")
+        boolean(out_norm=out_norm)
         positive(norm_eps=norm_eps, dt_min=dt_min, dt_max=dt_max, dt_floor=dt_floor, a_floor=a_floor)
         if dt_min > dt_max:
             raise ConfigError(f"dt_min: must be at most dt_max = {dt_max:g}, got {dt_min:g}")

@@ -14,7 +14,6 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from kernels import rotary_keys
-from kernels.rotary.reference import wrapped as wrapped
 from mixers.layers import FP32Module, fp32_parameter, inverse_softplus
 
 

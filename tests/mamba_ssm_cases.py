@@ -52,6 +52,7 @@ def scan(
 ) -> Any:
     """`mamba_chunk_scan_combined`: x [B, T, H, P], dt [B, T, H], A [H], B, C [B, T, G, N], states [B, H, P, N], seq_idx [B, T]."""
     assert chunk_size & (chunk_size - 1) == 0
+    assert not torch.is_autocast_enabled(x.device.type)
     assert seq_idx is None or (seq_idx.dtype == torch.int32 and seq_idx.shape == x.shape[:2] and initial_states is None and not return_final_states)
     heads, dtype = x.shape[2], x.dtype
     x, B, C = (t.to(dt.dtype) for t in (x, B, C))
@@ -87,6 +88,7 @@ def siso_combined(
     """`mamba3_siso_combined` without D and Z: Q, K [B, T, G, N], V [B, T, H, P], ADT, DT, Trap [B, H, T], Angles [B, T, H, A];
     states: angle [S, H, A], SSM [S, H, P, N], K [S, H, N], V [S, H, P]."""
     assert chunk_size == 64
+    assert not torch.is_autocast_enabled(V.device.type)
     assert cu_seqlens is None or (cu_seqlens.dtype == torch.int32 and len(Q) == 1)
     heads = V.shape[2]
     spans = [(0, V.shape[1])] * len(V) if cu_seqlens is None else list(pairwise(cu_seqlens.tolist()))

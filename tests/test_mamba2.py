@@ -171,8 +171,28 @@ def test_initial_values_and_roles() -> None:
     groups = mixer.parameter_groups()
     assert groups.fp32 == {"step_size.a", "step_size.delta", "skip.D"}
     assert groups.no_decay == groups.fp32 | {"conv1d.bias", "norm.weight"}
-    g, step, _ = mixer.bfloat16().step_size(torch.randn(3, 256, dtype=torch.bfloat16))
-    assert g.dtype == step.dtype == torch.float32
+
+
+def test_steps_and_decay_are_float32_in_a_bfloat16_layer() -> None:
+    """Each number to float32 rounding of what float64 makes of the same inputs."""
+    mixer = Mamba2(256, head_dim=2)
+    initialize(mixer, 0)
+    steps, f = mixer.bfloat16().step_size, 4 * torch.randn(64, 256).bfloat16()
+    delta = F.softplus(f.double() + steps.delta.double())
+    rate = -steps.a.double().exp()
+    for found, exact in zip(steps(f), ((rate * delta).unsqueeze(-1), delta.unsqueeze(-1), rate), strict=True):
+        assert found.dtype == torch.float32
+        assert (found.double() / exact - 1).abs().max() < 5e-6  # the rounding of -20 is 1e-6 of softplus(-20)
+
+
+def test_caches_are_in_the_dtype_that_was_asked_for() -> None:
+    """The convolution's; the recurrence's state is float32 at least. A step keeps both."""
+    mixer = Mamba2(D, **SIZES["plain"])
+    for dtype in (torch.bfloat16, torch.float16, None):
+        state = mixer.init_state(2, dtype=dtype)
+        assert (state.S.dtype, state.conv.dtype) == (torch.float32, dtype or torch.float32)
+        _, after = mixer.step(torch.randn(2, D), state)
+        assert (after.S.dtype, after.conv.dtype) == (torch.float32, dtype or torch.float32)
 
 
 def test_norm_of_large_values() -> None:
@@ -199,6 +219,8 @@ def test_load_refuses_in_one_line_and_changes_nothing() -> None:
         ({k: v for k, v in good.items() if k != "dt_bias"}, "has no tensor dt_bias (it has: A_log, D, conv1d.bias"),
         ({f"backbone.layers.0.mixer.{k}": v for k, v in good.items()}, "has no tensor in_proj.weight (it has: backbone.layers.0.mixer.A_log"),
         ({}, "has no tensor in_proj.weight (it has: none)"),
+        ({f"layers.{i}.{k}": v for k, v in good.items() for i in range(48)}, "layers.1.out_proj.weight, ...)"),
+        ({**good, "a\nb": torch.ones(1)}, "has the tensor a b, which this layer does not have"),
         ({**good, "A_log": torch.zeros(3)}, "A_log has the shape [3], this layer's is [6]"),
         ({**good, "conv1d.weight": good["conv1d.weight"].squeeze(1)}, "conv1d.weight has the shape [58, 4], this layer's is [58, 1, 4]"),
         ({**good, "norm.weight": [1.0] * 48}, "norm.weight must be a tensor of floating-point numbers, got list"),
@@ -224,6 +246,7 @@ def test_load_refuses_in_one_line_and_changes_nothing() -> None:
         assert str(raised.value).startswith("state dict of mamba_ssm: ")
         assert expected in str(raised.value)
         assert "\n" not in str(raised.value)
+        assert len(str(raised.value)) < 700
     assert all(torch.equal(p, before[name]) for name, p in mixer.named_parameters())
     with pytest.raises(ConfigError, match=r"norm\.weight has numbers that are not finite in torch\.float32"):
         copy.deepcopy(mixer).float().load_mamba_ssm({**good, "norm.weight": torch.full((48,), 1e300, dtype=torch.float64)})

@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from kernels.rotary.reference import running_sum, turns, wrapped
+from kernels.rotary.reference import turns, wrapped
 from mixers import registry
 from mixers.contract import assert_close, error, inputs
 from mixers.errors import ConfigError
@@ -199,25 +199,6 @@ def test_documents_do_not_reach_each_other(rank: int, dtype: torch.dtype, factor
     for i, (t, beside, by_itself) in enumerate(zip(found, ordinary, alone, strict=True)):
         assert torch.equal(t, beside), f"result {i}"
         assert_close(t, by_itself, f"result {i}")
-
-
-def test_running_sums_of_long_and_packed_sequences() -> None:
-    """In float32 to float32 rounding of the angle after 100,000 tokens; gradients stay inside a document."""
-    turn = 0.3 * inputs(1, 100_000, 2, dtype=torch.float32).abs()
-    exact = turn.double().cumsum(1)
-    found = running_sum(turn, None, None)
-    assert found.dtype == torch.float32
-    assert (wrapped(found.double() - exact)).abs().max() < 1e-6
-    assert found.abs().max() <= 3.15
-    ends = torch.tensor([0, 3, 99_990, 100_000])
-    found = running_sum(turn, torch.ones(3, 2), ends)
-    for start, end in ((0, 3), (3, 99_990), (99_990, 100_000)):
-        assert wrapped(found[:, start:end].double() - 1 - turn[:, start:end].double().cumsum(1)).abs().max() < 1e-6
-    x, weights = inputs(2, 1, 7, 3, dtype=torch.float64)[0].requires_grad_(), inputs(1, 7, 3, dtype=torch.float64, seed=2)
-    first = inputs(2, 3, dtype=torch.float64, seed=3).requires_grad_()
-    (running_sum(x, first, torch.tensor([0, 3, 7])) * weights).sum().backward()
-    assert_close(x.grad, torch.cat([part.flip(1).cumsum(1).flip(1) for part in weights.split([3, 4], 1)], 1), "gradient")
-    assert_close(first.grad, torch.cat([part.sum(1) for part in weights.split([3, 4], 1)]), "gradient of the first angle")
 
 
 def test_steps_at_the_ends_of_their_ranges() -> None:

@@ -126,6 +126,7 @@ def test_a_state_goes_from_one_backend_to_the_other(case: str, pretended: list[s
 @pytest.mark.usefixtures("pretended")
 @sizes
 def test_autocast_does_not_reach_the_kernels(case: str) -> None:
+    """The stand-ins refuse to run under it."""
     mixer, x = built(case, "mamba_ssm").float(), inputs(1, 9, D, dtype=torch.float32)
     expected, _ = mixer(x)
     with torch.autocast("cpu", dtype=torch.bfloat16):

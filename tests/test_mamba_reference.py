@@ -17,6 +17,7 @@ from mamba_ssm_cases import needs_package, scan
 from torch import Tensor
 
 from kernels import delta_rule
+from kernels.rotary.reference import wrapped
 from mixers import mamba_ssm
 from mixers.contract import error, inputs
 from mixers.init import initialize
@@ -24,7 +25,7 @@ from mixers.mamba2 import MAMBA_SSM as NAMES_2
 from mixers.mamba2 import Mamba2
 from mixers.mamba3 import MAMBA_SSM as NAMES_3
 from mixers.mamba3 import Mamba3
-from mixers.mamba3_layers import StepSize, last_tokens, later_weights, wrapped, written
+from mixers.mamba3_layers import StepSize, last_tokens, later_weights, written
 
 pytestmark = needs_package
 

@@ -14,9 +14,12 @@ from mixers import fan_out, registry
 from mixers.attention import Attention
 from mixers.contract import error, small_settings
 from mixers.delta import DeltaMixer
+from mixers.errors import ConfigError
 from mixers.gdn2 import GatedDeltaNet2
 from mixers.init import initialize
 from mixers.layers import DecayGate, Linear, rotate
+from mixers.mamba2 import Mamba2
+from mixers.mamba3 import Mamba3
 from mixers.testing import *  # noqa: F403
 from mixers.testing import pytest_generate_tests  # noqa: F401
 
@@ -101,18 +104,34 @@ def test_family_differs_only_in_gates() -> None:
     assert shapes["kda"]["decay.delta"] == (12,)
 
 
+RECURRENT: dict[str, tuple[str, dict[str, object]]] = {
+    **{name: (name, {"num_heads": 4, "head_dim": 32}) for name in ("gdn2", "kda", "gdn", "deltanet")},
+    **{name: (name, {"num_heads": 4}) for name in ("gla", "linear_attention")},
+    **{"mamba2": ("mamba2", {}), "mamba3": ("mamba3", {}), "mamba3-mimo": ("mamba3", {"mimo_rank": 4})},
+}
+
+
+@pytest.mark.parametrize("label", RECURRENT)
+def test_linears_of_recurrent_mixers_begin_with_the_papers_gain(label: str) -> None:
+    """Xavier-uniform with gain 2^-2.5, biases 0."""
+    name, settings = RECURRENT[label]
+    mixer = registry.build(name, 256, {name: settings})
+    initialize(mixer, 0)
+    linears = [module for module in mixer.modules() if isinstance(module, torch.nn.Linear)]
+    assert len(linears) > 1
+    for module in linears:
+        bound = 2**-2.5 * math.sqrt(6 / (module.in_features + module.out_features))
+        assert 0.95 * bound < module.weight.abs().max() <= bound, module
+        assert abs(module.weight.std() / (bound / math.sqrt(3)) - 1) < 0.05, module
+        assert module.bias is None or not module.bias.any(), module
+
+
 def test_gdn2_parameters_and_initial_values() -> None:
-    """The published size of a layer, Xavier-uniform with gain 2^-2.5, biases 0, exp(a) in [1, 16], softplus(delta) in [1e-4, 0.1]."""
+    """The published size of a layer, exp(a) in [1, 16], softplus(delta) in [1e-4, 0.1]."""
     with torch.device("meta"):
         assert sum(p.numel() for p in GatedDeltaNet2(2304).parameters()) == 29_454_480
     mixer = GatedDeltaNet2(256, num_heads=4, head_dim=32)
     initialize(mixer, 0)
-    for name, module in mixer.named_modules():
-        if isinstance(module, Linear):
-            bound = 2**-2.5 * math.sqrt(6 / (module.in_features + module.out_features))
-            assert 0.95 * bound < module.weight.abs().max() <= bound, name
-            assert abs(module.weight.std() / (bound / math.sqrt(3)) - 1) < 0.05, name
-            assert module.bias is None or not module.bias.any(), name
     dt = F.softplus(mixer.decay.delta)
     assert (mixer.decay.a.exp() >= 1).all()
     assert (mixer.decay.a.exp() <= 16).all()
@@ -236,12 +255,31 @@ def test_states_of_another_kind_and_caches_without_fractions_are_refused(name: s
         for call in (lambda: mixer(x, state), lambda: mixer.step(x[:, 0], state)):  # noqa: B023
             with pytest.raises(ValueError, match=message):
                 call()
+    with pytest.raises(ValueError, match=f"^{type(mixer).__name__}: a step needs a state, of init_state, forward or the step before, got None$"):
+        mixer.step(x[:, 0], None)
     for dtype in (torch.int64, torch.complex64, torch.float8_e4m3fn, "float32"):
         with pytest.raises(TypeError, match=r"init_state: dtype must be one of torch\.float64, torch\.float32, "):
             mixer.init_state(2, max_tokens=4, dtype=dtype)
     for batch_size in (0, -1, 2.0):
         with pytest.raises(ValueError, match="init_state: batch_size must be an integer >= 1, got"):
             mixer.init_state(batch_size, max_tokens=4)
+
+
+@pytest.mark.parametrize(
+    ("cls", "settings", "message"),
+    [
+        *((cls, {"conv_size": n}, "conv_size: must be an integer >= 2, got ") for cls in (GatedDeltaNet2, Mamba2) for n in (1, 2.5, "4", None, True)),
+        (GatedDeltaNet2, {"allow_neg_eigval": "no"}, "allow_neg_eigval: must be true or false, got 'no'"),
+        (GatedDeltaNet2, {"erase": "scaler"}, r"erase: unknown gate 'scaler'; did you mean 'scalar'\? \(legal: channel, scalar\)"),
+        (GatedDeltaNet2, {"write": None}, "write: unknown gate 'None'"),
+        (Mamba3, {"out_norm": "no"}, "out_norm: must be true or false, got 'no'"),
+    ],
+    ids=str,
+)
+def test_constructors_check_what_a_config_cannot_hold(cls: type[torch.nn.Module], settings: dict[str, object], message: str) -> None:
+    """A config's types are checked before; somebody who calls the class gets the same kind of line, and nothing passes for true."""
+    with pytest.raises(ConfigError, match=f"^{message}"):
+        cls(64, **settings)
 
 
 def test_full_attention_cache_does_not_overflow_silently() -> None:

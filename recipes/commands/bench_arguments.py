@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from lit_modules.paths import given_path
-from mixers.base import at_least_one
+from mixers.base import at_least
 from mixers.errors import ConfigError, unknown
 from recipes.commands import bench_rows
 from recipes.commands.arguments import Arguments
@@ -65,7 +65,7 @@ def shapes_of(text: str) -> list[tuple[int, int]]:
 
 def numbers_of(**numbers: int) -> None:
     """ConfigError for a number below 1."""
-    at_least_one(**numbers)
+    at_least(1, **numbers)
 
 
 def dtype_of(name: str) -> torch.dtype:

@@ -12,7 +12,7 @@ from lit_modules.checkpoint import load_lm
 from lit_modules.data.tokenizer import Tokenizer, load_tokenizer
 from lit_modules.decoder_lm import Sampling
 from lit_modules.intact import check_intact
-from mixers.base import at_least_one
+from mixers.base import at_least
 from mixers.errors import ConfigError
 from recipes.commands.arguments import Arguments
 from recipes.commands.checkpoints import run_config
@@ -23,7 +23,7 @@ from recipes.commands.newest import find_checkpoint
 def run(argv: list[str]) -> int:
     """Prints the prompt and its continuation, up to the end of the document or `max_new_tokens`."""
     given = _parser().parse_args(argv)
-    at_least_one(max_new_tokens=given.max_new_tokens)
+    at_least(1, max_new_tokens=given.max_new_tokens)
     _in_range("temperature", given.temperature, 0 <= given.temperature < math.inf, "a number >= 0")
     _in_range("top_p", given.top_p, 0 < given.top_p <= 1, "in (0, 1]")
     _in_range("seed", given.seed, 0 <= given.seed < 2**64, "in 0 .. 2**64 - 1")

@@ -13,7 +13,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from mixers import registry
-from mixers.base import SequenceMixer, at_least_one
+from mixers.base import SequenceMixer, at_least
 from mixers.errors import ConfigError
 from recipes.commands.arguments import Arguments
 from recipes.commands.config_files import dig, find_config, merge, read_config
@@ -31,7 +31,7 @@ class Row(NamedTuple):
 def run(argv: list[str]) -> int:
     """Prints the table."""
     given = _parser().parse_args(argv)
-    at_least_one(d_model=given.d_model)
+    at_least(1, d_model=given.d_model)
     tokens = _numbers(given.tokens)
     config: dict[str, Any] = {}
     for name in given.config:
@@ -85,7 +85,7 @@ def _numbers(text: str) -> list[int]:
     except ValueError:
         raise ConfigError(f"tokens: must be integers with commas between them, such as 1024,4096, got {text!r}") from None
     for number in numbers:
-        at_least_one(tokens=number)
+        at_least(1, tokens=number)
     return numbers
 
 

@@ -15,7 +15,7 @@ from lit_modules.data.tokenizer import load_tokenizer
 from lit_modules.decoder_lm import DecoderLM
 from lit_modules.lit_lm import LitLM
 from lit_modules.parallel import check_precision, check_strategy_name
-from mixers.base import at_least_one
+from mixers.base import at_least
 from mixers.errors import ConfigError, unknown
 from recipes.commands.parser_errors import readable
 
@@ -93,7 +93,7 @@ def make_plan(config: Namespace, *, needs_tokenizer: bool) -> Plan:
     notes = _check_vocabulary(lm, tokenizer, needs_tokenizer)
     notes += filter(None, [what_is_missing(data["path"], tokenizer)])
     notes += _check_strategy(trainer, here=needs_tokenizer)
-    at_least_one(**{"trainer.accumulate_grad_batches": trainer.accumulate_grad_batches})
+    at_least(1, **{"trainer.accumulate_grad_batches": trainer.accumulate_grad_batches})
     return Plan(
         model=LitLM(lm, **model),
         data=PackedText(**data, tokenizer="bytes"),

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, nullcontext
+from itertools import product
 from typing import Any, NamedTuple
 
 import pytest
@@ -14,9 +15,9 @@ from gpu_summary import BESIDE
 from mamba_ssm_cases import needs_package, take_one_configuration
 from torch import Tensor
 
+from kernels.rotary.reference import wrapped
 from mixers import mamba2, mamba3, mamba_ssm, registry
 from mixers.contract import inputs
-from mixers.mamba3_layers import wrapped
 
 pytestmark = [pytest.mark.gpu, needs_package]
 
@@ -26,6 +27,7 @@ D, T, BATCH, DRAWS = 512, 500, 2, 8
 SLACK, SLACK_OF_FEW, FEW = 1.1, 1.25, 1000
 FLOOR = {torch.float32: 1e-6, torch.bfloat16: 1e-4}  # below it both are right
 PACKAGE_ERROR = 0.05  # of the kernels of mamba_ssm in bfloat16: its running angles have 8 bits
+DELTA_ERROR = 0.03  # of ours
 
 
 class Layer(NamedTuple):
@@ -38,6 +40,7 @@ class Layer(NamedTuple):
     backward: tuple[torch.dtype, ...] = (torch.float32, torch.bfloat16)  # dtypes in which theirs has one
 
 
+MIMO = {"is_mimo": True, "mimo_rank": 4, "chunk_size": 16}
 LAYERS = {
     "mamba2": Layer("mamba2", {}, {"d_state": 64}),
     "mamba2-groups": Layer("mamba2", {"num_groups": 2, "d_state": 128}, {"d_state": 128, "ngroups": 2}),
@@ -47,18 +50,16 @@ LAYERS = {
         {"num_groups": 2, "d_state": 128, "rope_fraction": 1.0, "out_norm": True},
         {"d_state": 128, "ngroups": 2, "rope_fraction": 1.0, "is_outproj_norm": True},
     ),
-    # whole chunks of 16 tokens; TileLang does not compile its backward pass for float32
-    "mimo": Layer(
-        "mamba3",
-        {"d_state": 128, "mimo_rank": 4},
-        {"d_state": 128, "is_mimo": True, "mimo_rank": 4, "chunk_size": 16},
-        tokens=512,
-        backward=(torch.bfloat16,),
-    ),
+    # whole chunks of 16 tokens; TileLang does not compile its backward pass for float32. 64 is the paper's, 128 their own default
+    "mimo": Layer("mamba3", {"mimo_rank": 4}, {"d_state": 64, **MIMO}, tokens=512, backward=(torch.bfloat16,)),
+    "mimo-128": Layer("mamba3", {"mimo_rank": 4, "d_state": 128}, {"d_state": 128, **MIMO}, tokens=512, backward=(torch.bfloat16,)),
 }
 NAMES = {"mamba2": mamba2.MAMBA_SSM, "mamba3": mamba3.MAMBA_SSM}
-layers = pytest.mark.parametrize("name", [pytest.param(name, marks=[pytest.mark.long] if name == "mimo" else []) for name in LAYERS])
-dtypes = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+CASES = [  # TileLang compiles for minutes
+    pytest.param(name, dtype, marks=[pytest.mark.long] if "mimo" in name else [])
+    for name, dtype in product(LAYERS, (torch.float32, torch.bfloat16))
+    if (name, dtype) != ("mimo-128", torch.float32)
+]
 
 
 @pytest.fixture(autouse=True)
@@ -153,8 +154,7 @@ def assert_no_farther(
         assert value <= max(slack * theirs[key], FLOOR[dtype]), f"{key} is farther from float64 than mamba-ssm's\n{report}"
 
 
-@layers
-@dtypes
+@pytest.mark.parametrize(("name", "dtype"), CASES, ids=str)
 def test_delta_is_no_farther_from_float64_than_mamba_ssm(name: str, dtype: torch.dtype, record_property: Callable[[str, object], None]) -> None:
     mine, theirs, exact = compared(name, "delta", dtype)
     assert max(theirs.values()) < 0.2, f"the two layers are not the same: {theirs}"
@@ -214,8 +214,10 @@ def test_documents_and_states_go_through_mamba_ssm(name: str, lengths: list[int]
     exact, _ = with_state(wide, lengths, state, torch.float64)
     of_delta, after_delta = with_state(delta, lengths, state, torch.bfloat16)
     of_package, after_package = with_state(package, lengths, state, torch.bfloat16)
-    for what, found in (("delta", of_delta), ("mamba_ssm", of_package)):
-        far = {key: value for key, value in errors(found, exact).items() if value > PACKAGE_ERROR}
+    for what, found, bound in (("delta", of_delta, DELTA_ERROR), ("mamba_ssm", of_package, PACKAGE_ERROR)):
+        values = errors(found, exact)
+        print(f"{what}: {sorted(((value, key) for key, value in values.items()), reverse=True)[:3]}")
+        far = {key: value for key, value in values.items() if value > bound}
         assert not far, f"{what}: {far}"
     if carried and "angle" in after_delta._fields:
         assert wrapped(after_delta.angle - after_package.angle).abs().max() < 1e-5
