@@ -50,40 +50,6 @@ def test_links_lead_to_files(page: Path) -> None:
         assert target.startswith("http") or (page.parent / target).exists(), f"{page.name}: {target}"
 
 
-# --- docs/paper.md ---
-
-
-def named_in_paper() -> list[tuple[str, str]]:
-    """File and name of everything that the tables of docs/paper.md point to; the name is "" where a file stands alone."""
-    found = []
-    for line in (ROOT / "docs/paper.md").read_text().splitlines():
-        if line.startswith("| "):
-            for cell in line.split(" | ")[1:3]:  # code and test
-                for file, names in re.findall(r"`([\w/]+\.\w+)`(?:: ((?:`\w+`(?:, )?)+))?", cell):
-                    found += [(file, name) for name in re.findall(r"\w+", names)] or [(file, "")]
-    return found
-
-
-def test_the_table_of_the_paper_is_read() -> None:
-    named = named_in_paper()
-    assert ("tests/test_delta_rule.py", "test_ladder") in named
-    assert ("kernels/delta/scan.py", "") in named
-    assert len(named) > 80
-
-
-@pytest.mark.parametrize(("file", "name"), sorted(set(named_in_paper())))
-def test_what_the_paper_is_led_to_is_there(file: str, name: str) -> None:
-    source = (ROOT / file).read_text()
-    assert re.search(rf"^\s*(?:(?:async )?def|class) {name}\b|^{name}(?:: [^=]+)? = ", source, re.MULTILINE) if name else source
-
-
-def test_recipes_of_the_paper_are_there() -> None:
-    known = {file.stem.removesuffix("_1.3b") for file in (ROOT / "recipes/paper").glob("*.yaml")}
-    rows = [line.rsplit(" | ", 1)[1] for line in (ROOT / "docs/paper.md").read_text().splitlines() if line.startswith("| ") and "`" in line]
-    assert len(rows) > 30
-    assert {name for row in rows for name in re.findall(r"`(\w+)`", row)} - known - {"f", "_hybrid"} == set()
-
-
 # --- docs/reliability.md ---
 
 

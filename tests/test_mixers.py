@@ -142,11 +142,12 @@ def test_gdn2_parameters_and_initial_values() -> None:
     assert mixer.norm.norm.weight.shape == (32,)
 
 
-def test_decay_parameters_take_no_weight_decay_and_stay_fp32() -> None:
-    groups = built("gdn2", num_heads=2, head_dim=6).parameter_groups()
+@pytest.mark.parametrize("name", ["gdn2", "kda", "gdn"])
+def test_decay_parameters_take_no_weight_decay_and_stay_fp32(name: str) -> None:
+    groups = built(name, num_heads=2, head_dim=6).parameter_groups()
     assert groups.fp32 == {"decay.a", "decay.delta"}
     assert groups.no_decay == {"decay.a", "decay.delta", "gate_proj.1.bias", "norm.norm.weight"}
-    mixer = GatedDeltaNet2(D, num_heads=2, head_dim=6).bfloat16()
+    mixer = registry.build(name, D, {name: {"num_heads": 2, "head_dim": 6}}).bfloat16()
     assert mixer.gates(torch.randn(3, D, dtype=torch.bfloat16)).g.dtype == torch.float32
 
 
