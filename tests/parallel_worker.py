@@ -20,14 +20,18 @@ TRAIN = [make_batch(seed, ignored=seed % 5) for seed in range(STEPS * MICRO_BATC
 VALIDATION = [make_batch(1000 + seed, ignored=7 * seed) for seed in range(2)]
 MODELS: dict[str, dict[str, Any]] = {  # a vocabulary of 31, one head of kda, ..: shards of unequal size, and empty ones
     "gdn2-swa": {"n_layers": 2, "layout": ["gdn2", "swa"]},
-    "mamba3-kda": {
-        "n_layers": 2,
-        "layout": ["mamba3", "kda"],
-        "mixers": {"mamba3": {"head_dim": 8, "d_state": 4, "mimo_rank": 2}, "kda": {"num_heads": 1, "head_dim": 4}},
+    "mamba3-kda-mamba2": {
+        "n_layers": 3,
+        "layout": ["mamba3", "kda", "mamba2"],
+        "mixers": {
+            "mamba3": {"head_dim": 8, "d_state": 4, "mimo_rank": 2},
+            "kda": {"num_heads": 1, "head_dim": 4},
+            "mamba2": {"head_dim": 4, "d_state": 3},
+        },
     },
 }
 CASES = [(model, precision) for model in MODELS for precision in ("64-true", "32-true")]
-RESUMED = [("mamba3-kda", "64-true"), ("gdn2-swa", "32-true")]  # go on from checkpoints of all strategies
+RESUMED = [("mamba3-kda-mamba2", "64-true"), ("gdn2-swa", "32-true")]  # go on from checkpoints of all strategies
 # Who wrote a checkpoint, and which two processes go on from it
 CROSSED = [("auto", "fsdp2"), ("fsdp2", "ddp"), ("auto", "ddp"), ("ddp", "fsdp2"), ("folder", "fsdp2")]
 STRATEGIES = ("ddp", "fsdp2", "fsdp2_zero2")
@@ -155,7 +159,7 @@ def on_two(folder: Path) -> dict[Any, Any]:
         for writer, reader in CROSSED if precision == "64-true" else CROSSED[:2]:
             results[precision, writer, reader] = train(model, precision, reader, resume=folder / f"{writer}-{precision}.ckpt")
     for precision in HALVES:
-        results[precision, "fsdp2"] = train("mamba3-kda", precision, "fsdp2", max_steps=3, save=folder / f"{precision}.ckpt")
+        results[precision, "fsdp2"] = train("mamba3-kda-mamba2", precision, "fsdp2", max_steps=3, save=folder / f"{precision}.ckpt")
     for strategy in ("ddp", "fsdp2"):
         bad = train("gdn2-swa", "32-true", strategy, callbacks=[Poison(rank=1, step=3)], max_steps=5)
         errors = [""] * 2

@@ -116,7 +116,7 @@ def test_nan_on_one_rank_stops_all_of_them(strategy: str, two: Results) -> None:
 @pytest.mark.parametrize("precision", worker.HALVES)
 def test_dtypes_of_a_sharded_model_in_storage_in_a_forward_and_in_its_checkpoint(precision: str, folder: Path, two: Results) -> None:
     """Also of what is no fp32 parameter: bf16-mixed gathers the linear layers in bfloat16 and nothing else."""
-    lm = make_lm(**worker.MODELS["mamba3-kda"])
+    lm = make_lm(**worker.MODELS["mamba3-kda-mamba2"])
     fp32, found = lm.parameter_groups().fp32, two[precision, "fsdp2"]
     linear = {f"{name}.{own}" for name, m in lm.named_modules() if isinstance(m, torch.nn.Linear) for own, _ in m.named_parameters()}
     assert {name.split(".")[-1] for name in fp32} >= {"a", "delta", "dt_bias", "D"}
@@ -133,7 +133,7 @@ def test_dtypes_of_a_sharded_model_in_storage_in_a_forward_and_in_its_checkpoint
 @pytest.mark.parametrize("precision", worker.HALVES)
 def test_half_precision_is_that_of_one_process(precision: str, two: Results) -> None:
     """The first loss is the same to the bit; after an update a sum in another order may round a weight to its neighbour in bfloat16."""
-    expected = worker.train("mamba3-kda", precision, "auto", max_steps=3)
+    expected = worker.train("mamba3-kda-mamba2", precision, "auto", max_steps=3)
     found = two[precision, "fsdp2"]
     assert found["rows"][0]["train/loss"] == pytest.approx(expected["rows"][0]["train/loss"], rel=1e-12)
     for row, target in zip(found["rows"], expected["rows"], strict=True):
@@ -164,7 +164,7 @@ def test_a_config_for_a_gpu_is_looked_at_on_a_machine_without_one(monkeypatch: p
 
 
 def test_every_parameter_is_in_one_unit() -> None:
-    lm = make_lm(n_layers=2, layout=["mamba3", "kda"], mixers=worker.MODELS["mamba3-kda"]["mixers"])
+    lm = make_lm(n_layers=2, layout=["mamba3", "kda"], mixers=worker.MODELS["mamba3-kda-mamba2"]["mixers"])
     units, fp32 = plan(lm), lm.parameter_groups().fp32
     names = [name for unit in units for name in unit.names]
     assert sorted(names) == sorted(name for name, _ in lm.named_parameters())
