@@ -222,7 +222,7 @@ def load_named(module: nn.Module, state_dict: Mapping[str, Tensor], table: Mappi
         if why := _unfit(state_dict[theirs], own[ours]):
             raise ConfigError(f"state dict of {source}: {theirs} {why}")
     if more := sorted(map(str, state_dict.keys() - names.keys())):
-        raise ConfigError(f"state dict of {source}: has the tensor {_listed(more[:1])}, which this layer does not have (legal: {', '.join(names)})")
+        raise ConfigError(f"state dict of {source}: has tensors that this layer does not have: {_listed(more)} (legal: {_listed(names)})")
     with torch.no_grad():
         for theirs, ours in names.items():
             own[ours].copy_(state_dict[theirs])

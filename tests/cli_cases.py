@@ -11,6 +11,9 @@ import yaml
 from lit_cases import one_thread as one_thread
 
 from recipes.__main__ import main
+from recipes.commands.cli import MixersCLI
+from recipes.commands.config_files import collect
+from recipes.commands.plan import Plan, make_plan
 
 RUN_FILES = {"config.yaml", "receipt.json", "metrics.csv", "hparams.yaml", "checkpoints", "loss_curve.png", "sample.txt"}  # and TensorBoard's
 
@@ -32,6 +35,10 @@ CONFIG: dict[str, Any] = {
     "trainer": {"accelerator": "cpu", "devices": 1, "log_every_n_steps": 1, "val_check_interval": 2, "check_val_every_n_epoch": None},
     "summary": {"max_new_tokens": 5},
 }
+
+
+def plan_of(*arguments: str, needs_tokenizer: bool = False) -> Plan:
+    return make_plan(MixersCLI("preflight", collect(list(arguments))).config, needs_tokenizer=needs_tokenizer)
 
 
 def fill(folder: Path) -> None:

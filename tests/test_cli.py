@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 import yaml
-from cli_cases import RUN_FILES, here_fixture, last, one_thread, run_of, trained_fixture  # noqa: F401
+from cli_cases import RUN_FILES, here_fixture, last, one_thread, plan_of, run_of, trained_fixture  # noqa: F401
 from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint
 
 from mixers.errors import ConfigError
@@ -24,7 +24,6 @@ from recipes.commands.bench_train import TRAINING, Training
 from recipes.commands.cli import MixersCLI
 from recipes.commands.config_files import RECIPES, collect, recipe_names
 from recipes.commands.parser_errors import explain
-from recipes.commands.plan import make_plan
 from recipes.commands.run_folder import make_run_folder
 from recipes.commands.sizes import PRECISIONS, precision_of, state_bytes, training_memory
 
@@ -255,7 +254,7 @@ def test_preflight_reports(here: Path, capsys: pytest.CaptureFixture[str]) -> No
     Path("corpus.txt").unlink()  # no data are needed
     assert main(["preflight", "--config", "small.yaml", "--trainer.accumulate_grad_batches=3", "--trainer.devices=2"]) == 0
     out = capsys.readouterr().out
-    plan = make_plan(MixersCLI("preflight", collect(["--config=small.yaml"])).config, needs_tokenizer=True)
+    plan = plan_of("--config=small.yaml", needs_tokenizer=True)
     lm = plan.model.lm
     numbers = [
         sum(p.numel() for p in lm.parameters()),
@@ -276,7 +275,7 @@ def test_preflight_reports(here: Path, capsys: pytest.CaptureFixture[str]) -> No
 @pytest.mark.usefixtures("here")
 def test_preflight_knows_the_state() -> None:
     """Recurrent states are float32 whatever the precision; caches are in the precision of the computation."""
-    lm = make_plan(MixersCLI("preflight", collect(["--config=small.yaml"])).config, needs_tokenizer=True).model.lm
+    lm = plan_of("--config=small.yaml", needs_tokenizer=True).model.lm
     gdn2, swa = state_bytes(lm, 100, precision_of("bf16-mixed").computed)
     assert gdn2 == 2 * 4 * 4 * 4 + 3 * 3 * 8 * 2  # S, and three tokens of q, k, v
     assert swa == 2 * 8 * 16 * 2 + 8  # a window of keys and values, and the position
@@ -285,7 +284,7 @@ def test_preflight_knows_the_state() -> None:
 
 @pytest.mark.usefixtures("here")
 def test_preflight_memory() -> None:
-    lm = make_plan(MixersCLI("preflight", collect(["--config=small.yaml"])).config, needs_tokenizer=True).model.lm
+    lm = plan_of("--config=small.yaml", needs_tokenizer=True).model.lm
     numbers = sum(p.numel() for p in lm.parameters())
     full, mixed, true = (training_memory(lm, (2, 32), PRECISIONS[name]) for name in ("32-true", "bf16-mixed", "bf16-true"))
     assert (full.weights, full.gradients, full.optimizer, full.copies) == (4 * numbers, 4 * numbers, 8 * numbers, 0)
@@ -314,14 +313,23 @@ def seen_peaks() -> dict[str, tuple[tuple[int, int], float]]:
 @pytest.mark.parametrize("recipe", seen_peaks())
 def test_preflight_memory_beside_what_was_seen(recipe: str) -> None:
     shape, peak = seen_peaks()[recipe]
-    lm = make_plan(MixersCLI("preflight", collect([f"--config={recipe}"])).config, needs_tokenizer=False).model.lm
+    lm = plan_of(f"--config={recipe}").model.lm
     estimate = training_memory(lm, shape, PRECISIONS["bf16-mixed"]).total / 2**30
     assert peak < estimate < 1.06 * peak
 
 
 @pytest.mark.usefixtures("here")
+@pytest.mark.parametrize(("rank", "guessed"), [(64, False), (65, True)])
+def test_preflight_says_whose_activations_are_guessed(rank: int, guessed: bool, capsys: pytest.CaptureFixture[str]) -> None:
+    """The kernels take 64 ranks, and the reference reads lengths."""
+    mixers = f"{{mamba3: {{head_dim: 8, d_state: 4, mimo_rank: {rank}}}}}"
+    assert main(["preflight", "--config=small.yaml", "--model.lm.layout=[mamba3]", f"--model.lm.mixers={mixers}"]) == 0
+    assert ("activations (of mamba3 guessed from the projections: likely more)" in capsys.readouterr().out) == guessed
+
+
+@pytest.mark.usefixtures("here")
 def test_preflight_memory_of_a_mixer_that_looks_at_values(monkeypatch: pytest.MonkeyPatch) -> None:
-    lm = make_plan(MixersCLI("preflight", collect(["--config=small.yaml"])).config, needs_tokenizer=True).model.lm
+    lm = plan_of("--config=small.yaml", needs_tokenizer=True).model.lm
     counted = training_memory(lm, (2, 32), PRECISIONS["32-true"])
     for mixer in lm.mixers():
         monkeypatch.setattr(mixer, "forward", lambda x, state, cu_seqlens: (x * float(x.detach().sum()), state))  # noqa: ARG005

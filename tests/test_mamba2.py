@@ -220,7 +220,7 @@ def test_load_refuses_in_one_line_and_changes_nothing() -> None:
         ({f"backbone.layers.0.mixer.{k}": v for k, v in good.items()}, "has no tensor in_proj.weight (it has: backbone.layers.0.mixer.A_log"),
         ({}, "has no tensor in_proj.weight (it has: none)"),
         ({f"layers.{i}.{k}": v for k, v in good.items() for i in range(48)}, "layers.1.out_proj.weight, ...)"),
-        ({**good, "a\nb": torch.ones(1)}, "has the tensor a b, which this layer does not have"),
+        ({**good, "a\nb": torch.ones(1)}, "has tensors that this layer does not have: a b (legal: in_proj.weight, "),
         ({**good, "A_log": torch.zeros(3)}, "A_log has the shape [3], this layer's is [6]"),
         ({**good, "conv1d.weight": good["conv1d.weight"].squeeze(1)}, "conv1d.weight has the shape [58, 4], this layer's is [58, 1, 4]"),
         ({**good, "norm.weight": [1.0] * 48}, "norm.weight must be a tensor of floating-point numbers, got list"),
@@ -229,7 +229,7 @@ def test_load_refuses_in_one_line_and_changes_nothing() -> None:
             "norm.weight must be a tensor of floating-point numbers, got torch.float32, torch.sparse_coo",
         ),
         ({**good, "norm.weight": torch.full((48,), math.nan)}, "norm.weight has numbers that are not finite in torch.float64"),
-        ({**good, 7: torch.ones(1)}, "has the tensor 7, which this layer does not have"),
+        ({**good, 7: torch.ones(1), "extra": torch.ones(1)}, "has tensors that this layer does not have: 7, extra (legal: "),
         (None, "must be a mapping of names to tensors, got NoneType"),
         (
             {**good, "norm.weight": torch.ones(48, dtype=torch.complex64)},
@@ -239,7 +239,7 @@ def test_load_refuses_in_one_line_and_changes_nothing() -> None:
             {**good, "norm.weight": torch.ones(48, device="meta")},
             "norm.weight must be a tensor of floating-point numbers, got a tensor without values",
         ),
-        ({**good, "in_proj.bias": torch.zeros(112)}, "has the tensor in_proj.bias, which this layer does not have (legal: in_proj.weight, "),
+        ({**good, "in_proj.bias": torch.zeros(112)}, "has tensors that this layer does not have: in_proj.bias (legal: in_proj.weight, "),
     ):
         with pytest.raises(ConfigError) as raised:
             mixer.load_mamba_ssm(bad)

@@ -277,7 +277,7 @@ def test_state_dicts_that_do_not_fit() -> None:
         ({name: value for name, value in good.items() if name != "mimo_x"}, r"has no tensor mimo_x \(it has: B_bias,"),
         ({}, r"has no tensor in_proj.weight \(it has: none\)"),
         ({**good, "B_bias": good["B_bias"][:, :1]}, r"B_bias has the shape \[4, 1, 8\], this layer's is \[4, 2, 8\]"),
-        ({**good, "norm.weight": torch.ones(16)}, r"has the tensor norm.weight, which this layer does not have \(legal: in_proj.weight, dt_bias,"),
+        ({**good, "norm.weight": torch.ones(16)}, r"has tensors that this layer does not have: norm.weight \(legal: in_proj.weight, dt_bias,"),
     ]
     for state_dict, message in bad:
         with pytest.raises(ConfigError, match=f"state dict of mamba_ssm: {message}") as caught:

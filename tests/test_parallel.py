@@ -164,7 +164,7 @@ def test_a_config_for_a_gpu_is_looked_at_on_a_machine_without_one(monkeypatch: p
 
 
 def test_every_parameter_is_in_one_unit() -> None:
-    lm = make_lm(n_layers=2, layout=["mamba3", "kda"], mixers=worker.MODELS["mamba3-kda-mamba2"]["mixers"])
+    lm = make_lm(**worker.MODELS["mamba3-kda-mamba2"])
     units, fp32 = plan(lm), lm.parameter_groups().fp32
     names = [name for unit in units for name in unit.names]
     assert sorted(names) == sorted(name for name, _ in lm.named_parameters())

@@ -16,7 +16,7 @@ from typing import Any
 
 import pytest
 import torch
-from cli_cases import CONFIG, fill, here_fixture, one_thread, run_of  # noqa: F401
+from cli_cases import CONFIG, fill, here_fixture, one_thread, plan_of, run_of  # noqa: F401
 
 from kernels.tiles import Key, Tile
 from lit_modules.autopsy import FILE as AUTOPSY
@@ -27,10 +27,7 @@ from mixers.init import watched
 from recipes.__main__ import main
 from recipes.commands import diff as diff_command
 from recipes.commands import diff_plot, out_of_memory, receipt
-from recipes.commands.cli import MixersCLI
-from recipes.commands.config_files import collect
 from recipes.commands.diff import SECTIONS, differences
-from recipes.commands.plan import Plan, make_plan
 
 ROOT = Path(__file__).parents[1]
 
@@ -358,10 +355,7 @@ def test_a_training_that_runs_out_of_memory(here: Path, monkeypatch: pytest.Monk
     assert (content["global_step"], content["lightning_mixers"]["tokens"]) == (2, 128)
 
 
-def plan_of(*arguments: str) -> Plan:
-    return make_plan(MixersCLI("fit", collect(["--config=quickstart", "--trainer.accelerator=cpu", *arguments])).config, needs_tokenizer=False)
-
-
+CPU = ["--config=quickstart", "--trainer.accelerator=cpu"]
 SMALL_BATCH = ["--data.batch_size=1", "--data.seq_len=16"]
 LOWER = "lower data.batch_size first: "
 
@@ -378,7 +372,7 @@ LOWER = "lower data.batch_size first: "
     ],
 )
 def test_advice(arguments: list[str], sharded: bool, largest: str, advice: str) -> None:
-    line = out_of_memory.explain(plan_of(*arguments), ERROR, sharded=sharded)
+    line = out_of_memory.explain(plan_of(*CPU, *arguments), ERROR, sharded=sharded)
     assert line is not None
     assert "\n" not in line
     assert line.startswith(f"out of memory: tried to allocate 2.00 GiB; largest on a device, roughly: {largest} ")
@@ -386,14 +380,14 @@ def test_advice(arguments: list[str], sharded: bool, largest: str, advice: str) 
 
 
 def test_a_sharded_model_is_shared() -> None:
-    plan = plan_of(*SMALL_BATCH, "--trainer.devices=4")
+    plan = plan_of(*CPU, *SMALL_BATCH, "--trainer.devices=4")
     one, shared = (out_of_memory.memory_of(plan, sharded=sharded) for sharded in (False, True))
     assert shared.optimizer == one.optimizer // 4
     assert (shared.activations, shared.logits) == (one.activations, one.logits)
 
 
 def test_only_errors_about_memory_are_explained() -> None:
-    plan = plan_of()
+    plan = plan_of(*CPU)
     assert out_of_memory.explain(plan, RuntimeError("shape mismatch"), sharded=False) is None
     host = RuntimeError("[enforce fail at alloc_cpu.cpp:119] err == 0. DefaultCPUAllocator: can't allocate memory: you tried to allocate 8 bytes")
     assert out_of_memory.explain(plan, host, sharded=False) is not None

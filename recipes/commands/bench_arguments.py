@@ -48,7 +48,7 @@ def problem_shapes(given: Namespace) -> list[Shape]:
         ConfigError: a size below 1, or shapes that are none.
     """
     v_dim = given.dim if given.v_dim is None else given.v_dim
-    numbers_of(heads=given.heads, dim=given.dim, v_dim=v_dim)
+    at_least(1, heads=given.heads, dim=given.dim, v_dim=v_dim)
     return [Shape(batch, tokens, given.heads, given.dim, v_dim) for batch, tokens in shapes_of(given.shapes)]
 
 
@@ -61,11 +61,6 @@ def shapes_of(text: str) -> list[tuple[int, int]]:
     if not shapes or any(len(shape) != 2 or min(shape) < 1 for shape in shapes):
         raise ConfigError(f"shapes: must be batch x tokens with commas between them, such as 8x2048,1x16384, got {text!r}")
     return [(batch, tokens) for batch, tokens in shapes]
-
-
-def numbers_of(**numbers: int) -> None:
-    """ConfigError for a number below 1."""
-    at_least(1, **numbers)
 
 
 def dtype_of(name: str) -> torch.dtype:

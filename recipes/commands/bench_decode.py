@@ -11,10 +11,11 @@ from torch import Tensor
 
 from kernels import delta_rule_step
 from kernels.backend import RefusedError, Requested
+from mixers.base import at_least
 from mixers.errors import ConfigError, unknown
 from recipes.commands import bench_peers, bench_rows, checks, problems
 from recipes.commands.arguments import Arguments
-from recipes.commands.bench_arguments import add_common, dtype_of, numbers_of, prepare
+from recipes.commands.bench_arguments import add_common, dtype_of, prepare
 from recipes.commands.bench_groups import kernels_on
 from recipes.commands.bench_rows import Row, number
 from recipes.commands.bench_timing import CudaClock, in_turns
@@ -31,7 +32,7 @@ def run(argv: list[str]) -> int:
     dtype, baselines = dtype_of(given.dtype), bench_peers.check_baselines(given.baseline)
     if given.mixer not in problems.WIDTHS:
         raise unknown("mixer", "mixer", given.mixer, problems.WIDTHS)
-    numbers_of(heads=given.heads, dim=given.dim)
+    at_least(1, heads=given.heads, dim=given.dim)
     batches = _batches(given.batches)
     machine = prepare(given, "decode")
     clock = CudaClock(ahead=False)

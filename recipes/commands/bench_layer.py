@@ -12,10 +12,11 @@ import yaml
 from torch import Tensor, nn
 
 from mixers import registry
+from mixers.base import at_least
 from mixers.errors import ConfigError
 from recipes.commands import bench_rows, problems
 from recipes.commands.arguments import Arguments
-from recipes.commands.bench_arguments import add_common, dtype_of, numbers_of, prepare, shapes_of
+from recipes.commands.bench_arguments import add_common, dtype_of, prepare, shapes_of
 from recipes.commands.bench_peers import check_baselines, fla_version
 from recipes.commands.bench_rows import Machine, Row, number
 from recipes.commands.bench_timing import Clock, CudaClock, Entry, time_entries
@@ -27,7 +28,7 @@ def run(argv: list[str]) -> int:
     """Times every layer at every shape; 1 if one was wrong, and so got no figure."""
     given = _parser().parse_args(argv)
     shapes, dtype, baselines = shapes_of(given.shapes), dtype_of(given.dtype), check_baselines(given.baseline)
-    numbers_of(d_model=given.d_model)
+    at_least(1, d_model=given.d_model)
     layers = {name: build(name, given.d_model, settings_of(given.mixers)) for name in given.layout.split(",") if name}
     if not layers:
         raise ConfigError("layout: must name at least one mixer")

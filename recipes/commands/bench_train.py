@@ -16,10 +16,11 @@ from rich.console import Console
 from rich.table import Table
 
 from lit_modules.parallel import check_strategy_name
+from mixers.base import at_least
 from mixers.errors import ConfigError
 from recipes.commands import bench_rows
 from recipes.commands.arguments import Arguments
-from recipes.commands.bench_arguments import OUT, check_rows, needs_gpu, numbers_of, shapes_of
+from recipes.commands.bench_arguments import OUT, check_rows, needs_gpu, shapes_of
 from recipes.commands.bench_rows import AmountOrNone, Commit, Count, Day, Figure, Machine, Text
 from recipes.commands.config_files import find_config
 from recipes.commands.run_folder import METRICS
@@ -65,7 +66,7 @@ def run(argv: list[str]) -> int:
     """Trains every recipe at every shape on every set of devices; 1 if a training failed, and so got no figure."""
     given = _parser().parse_args(argv)
     shapes, devices = shapes_of(given.shapes), devices_of(given.on)
-    numbers_of(accumulate=given.accumulate)
+    at_least(1, accumulate=given.accumulate)
     recipes = [name for name in given.config.split(",") if name]
     if not recipes:
         raise ConfigError("config: must name at least one recipe")

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, nullcontext
+from importlib.util import find_spec
 from itertools import product
 from typing import Any, NamedTuple
 
@@ -55,8 +56,10 @@ LAYERS = {
     "mimo-128": Layer("mamba3", {"mimo_rank": 4, "d_state": 128}, {"d_state": 128, **MIMO}, tokens=512, backward=(torch.bfloat16,)),
 }
 NAMES = {"mamba2": mamba2.MAMBA_SSM, "mamba3": mamba3.MAMBA_SSM}
-CASES = [  # TileLang compiles for minutes
-    pytest.param(name, dtype, marks=[pytest.mark.long] if "mimo" in name else [])
+# TileLang compiles for minutes; where it is installed and does not work the test fails
+TILELANG = [pytest.mark.long, pytest.mark.skipif(find_spec("tilelang") is None, reason="mamba-ssm's MIMO needs TileLang, which is not installed")]
+CASES = [
+    pytest.param(name, dtype, marks=TILELANG if "mimo" in name else [])
     for name, dtype in product(LAYERS, (torch.float32, torch.bfloat16))
     if (name, dtype) != ("mimo-128", torch.float32)
 ]
@@ -77,12 +80,7 @@ def layer_of_the_package(layer: Layer) -> Any:
     take_one_configuration()
     options = {"use_mem_eff_path": False} if layer.mixer == "mamba2" else {}  # the other path needs the package causal-conv1d
     torch.manual_seed(0)
-    try:
-        theirs = cls(D, headdim=64, **layer.theirs, **options, device=DEVICE, dtype=torch.float32)
-    except AssertionError as error:
-        if "TileLang" not in str(error):
-            raise
-        pytest.skip(f"mamba-ssm has no MIMO without TileLang: {' '.join(str(error).split())}")
+    theirs = cls(D, headdim=64, **layer.theirs, **options, device=DEVICE, dtype=torch.float32)
     with torch.no_grad():
         for i, parameter in enumerate(theirs.parameters()):
             if parameter.ndim != 2:
@@ -215,9 +213,7 @@ def test_documents_and_states_go_through_mamba_ssm(name: str, lengths: list[int]
     of_delta, after_delta = with_state(delta, lengths, state, torch.bfloat16)
     of_package, after_package = with_state(package, lengths, state, torch.bfloat16)
     for what, found, bound in (("delta", of_delta, DELTA_ERROR), ("mamba_ssm", of_package, PACKAGE_ERROR)):
-        values = errors(found, exact)
-        print(f"{what}: {sorted(((value, key) for key, value in values.items()), reverse=True)[:3]}")
-        far = {key: value for key, value in values.items() if value > bound}
+        far = {key: value for key, value in errors(found, exact).items() if value > bound}
         assert not far, f"{what}: {far}"
     if carried and "angle" in after_delta._fields:
         assert wrapped(after_delta.angle - after_package.angle).abs().max() < 1e-5
